@@ -1,0 +1,30 @@
+// The command line of distill: which command, which configuration, which overrides. See `distill --help`.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace distill {
+
+enum class Command {
+  train,
+  check,
+  print  // --help, --help-config, --version: show CommandLine::output and leave with 0
+};
+
+struct CommandLine {
+  Command command = Command::train;
+  std::filesystem::path config;
+  std::vector<std::string> overrides;  // key=value, in the order given; --max-time is one of them
+  int ranks = 0;                       // check: ranks to plan for; 0: as many as were started
+  std::string output;
+};
+
+// `arguments` without the program's name. `version` composes what --version shows. What cannot be understood is an
+// input error that says what was expected.
+CommandLine parse_command_line(std::span<const std::string> arguments, const std::function<std::string()>& version);
+
+}  // namespace distill

@@ -1,0 +1,107 @@
+// distill: trains a student language model to match a teacher. Assembles the parts and owns nothing else.
+#include <unistd.h>
+
+#include <cstdlib>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "apps/command_line.h"
+#include "apps/job.h"
+#include "apps/models.h"
+#include "apps/run_plan.h"
+#include "apps/version.h"
+#include "parallel/parallel.h"
+
+namespace distill {
+namespace {
+
+// Progress is for people who watch; a log file gets none of it.
+Say progress_line(bool shown) {
+  if (!shown || !isatty(STDERR_FILENO)) return [](const std::string&) {};
+  return [](const std::string& line) { std::cerr << "\r\033[K" << line << std::flush; };
+}
+
+Grid plan_grid(const Config& config, Communicator& world, int ranks) {
+  const StrategyConfig& strategy = config.student.strategy_args.strategy_config;
+  // `check --ranks N` plans for N ranks on one node, whatever was started.
+  const std::vector<int> nodes = ranks > 0 ? std::vector<int>(std::size_t(ranks), 0) : nodes_of(world);
+  return make_grid(nodes, strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size,
+                   config.needs_teacher());
+}
+
+ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
+  Communicator& world = mpi.world();
+  const bool speaks = world.rank() == 0;
+  const Say say = [&](const std::string& line) {
+    if (speaks) std::cout << line << std::endl;
+  };
+  CommandLine command;
+  std::optional<RunPlan> plan;
+  int threads = 1;
+  // What goes wrong on any rank here is one message and one exit code for all.
+  try {
+    world.run_together([&] { command = parse_command_line(arguments, version_text); });
+    if (command.command == Command::print) {
+      if (speaks) std::cout << command.output;
+      return ExitCode::ok;
+    }
+    threads = compute_threads(world);
+    world.run_together([&] {
+      const ConfigFile file = read_config(command.config, command.overrides, Capabilities{});
+      if (speaks)
+        for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
+      if (command.command == Command::train) check_no_old_checkpoints(file.config);
+      const Say progress = progress_line(speaks);
+      plan.emplace(make_plan(file, plan_grid(file.config, world, command.ranks), threads, progress));
+      progress("");
+    });
+  } catch (const Error& error) {
+    if (speaks) std::cerr << "distill: " << error.what() << std::endl;
+    return error.code();
+  }
+  say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));
+  if (plan->grid.places.size() > 1) say(describe(plan->grid, {}));
+  if (command.command == Command::check) {
+    say("check: all good");
+    return ExitCode::ok;
+  }
+  return run_job(*plan, world, threads, say);
+}
+
+// libgomp reads when it is loaded how long a waiting thread spins, by default for milliseconds. Where ranks or other
+// programs share the cores, the spinning keeps those from them that are waited for (measured on two busy cores: steps 3
+// to 5 times longer), so the program starts again with a short spin unless the user has said something.
+void spin_briefly(char** argv) {
+  if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
+  setenv("GOMP_SPINCOUNT", "1000", 1);
+  execv("/proc/self/exe", argv);  // returns only where /proc is missing: then all goes on, waiting as before
+}
+
+// What one rank cannot survive ends all of them.
+int end_run(MpiSession& mpi, const char* message, ExitCode code) {
+  const Communicator& world = mpi.world();
+  if (world.size() == 1) {
+    std::cerr << "distill: " << message << std::endl;
+    return int(code);
+  }
+  std::cerr << "distill: " << name_of(world.members()[std::size_t(world.rank())]) << ": " << message << std::endl;
+  mpi.abort_all(int(code));
+}
+
+}  // namespace
+}  // namespace distill
+
+// The only handler.
+int main(int argc, char** argv) {
+  using namespace distill;
+  spin_briefly(argv);
+  MpiSession mpi(argc, argv);
+  try {
+    return int(run(mpi, std::vector<std::string>(argv + 1, argv + argc)));
+  } catch (const Error& error) {
+    return end_run(mpi, error.what(), error.code());
+  } catch (const std::exception& error) {
+    return end_run(mpi, error.what(), ExitCode::internal);
+  }
+}

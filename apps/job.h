@@ -1,0 +1,13 @@
+// The main job: builds the objects of a run from its plan and runs this rank's part of it.
+#pragma once
+
+#include "apps/run_plan.h"
+#include "core/communicator.h"
+
+namespace distill {
+
+// Every rank of world calls it. `say` prints on one rank only. Returns when the run is over or was stopped after
+// saving.
+ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Say& say);
+
+}  // namespace distill

@@ -1,0 +1,15 @@
+#include "apps/version.h"
+
+#include "core/error.h"
+#include "io/libraries.h"
+#include "kernels/backends.h"
+#include "parallel/parallel.h"
+
+namespace distill {
+
+std::string version_text() {
+  return text("distill ", DISTILL_VERSION, "\n", "backends: cpu (", cpu_backend_version(), "); built without CUDA\n",
+              "mpi: ", MpiSession::library_version(), "\n", "libraries: ", io_library_versions(), "\n");
+}
+
+}  // namespace distill

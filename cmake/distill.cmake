@@ -1,0 +1,85 @@
+# Flags that every target of this project gets, and the three functions that make a target.
+
+add_library(distill_flags INTERFACE)
+target_compile_options(distill_flags INTERFACE -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual)
+if(DISTILL_WERROR)
+  target_compile_options(distill_flags INTERFACE -Werror)
+endif()
+if(DISTILL_SANITIZE)
+  target_compile_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE} -fno-omit-frame-pointer
+                         -fno-sanitize-recover=all)
+  target_link_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE})
+  # Instrumented code makes gcc 12 see uninitialised values in std::regex, which Catch uses.
+  target_compile_options(distill_flags INTERFACE -Wno-maybe-uninitialized)
+endif()
+# What every executable links besides: nothing, except under AddressSanitizer (keep_loaded.c says why).
+add_library(distill_executable INTERFACE)
+if(DISTILL_SANITIZE MATCHES address)
+  add_library(distill_keep_loaded OBJECT ${PROJECT_SOURCE_DIR}/test/support/keep_loaded.c)
+  target_sources(distill_executable INTERFACE $<TARGET_OBJECTS:distill_keep_loaded>)
+  target_link_options(distill_executable INTERFACE -Wl,--export-dynamic-symbol=dlclose)
+endif()
+# Floating-point contraction may differ between two copies of one template; bit-identity is a promise, so it is off
+# except where a file asks for fused multiply-adds by name (Highway MulAdd, oneDNN).
+target_compile_options(distill_flags INTERFACE -ffp-contract=off)
+target_include_directories(distill_flags INTERFACE ${PROJECT_SOURCE_DIR})
+
+# distill_library(core SOURCES a.cpp b.cpp DEPENDS distill_core PRIVATE dnnl)
+# One static library per folder. DEPENDS is what its headers show, PRIVATE what only its sources see. Every header of the
+# folder must compile alone (target <name>_verify_interface_header_sets).
+function(distill_library name)
+  cmake_parse_arguments(arg "" "" "SOURCES;DEPENDS;PRIVATE" ${ARGN})
+  set(target distill_${name})
+  file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.h)
+  add_library(${target} STATIC ${arg_SOURCES})
+  target_sources(${target} PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR} FILES ${headers})
+  set_target_properties(${target} PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON LINKER_LANGUAGE CXX)
+  target_link_libraries(${target} PUBLIC distill_flags ${arg_DEPENDS} PRIVATE ${arg_PRIVATE})
+endfunction()
+
+# distill_test(tokenizer_test LINKS distill_io [SOURCES …] [RANKS 2] [LABELS slow])
+# One executable and one CTest entry per test file. With RANKS it runs under mpirun with that many ranks, and the test
+# fails unless that many ranks really started (test/support/mpi_main.cpp). Called again with other RANKS it adds an entry;
+# a last call without RANKS adds the run without mpirun.
+function(distill_test name)
+  cmake_parse_arguments(arg "" "RANKS;TIMEOUT;VARIANT" "SOURCES;LINKS;LABELS;ENVIRONMENT;ARGS" ${ARGN})
+  if(NOT TARGET ${name})
+    if(NOT arg_SOURCES)
+      set(arg_SOURCES ${name}.cpp)
+    endif()
+    add_executable(${name} ${arg_SOURCES})
+    if(arg_RANKS)
+      target_link_libraries(${name} PRIVATE distill_executable distill_mpi_test_main ${arg_LINKS})
+    else()
+      target_link_libraries(${name} PRIVATE distill_executable distill_test_main ${arg_LINKS})
+    endif()
+    target_compile_definitions(${name} PRIVATE DISTILL_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
+                               DISTILL_BINARY_DIR="${PROJECT_BINARY_DIR}")
+  endif()
+  get_filename_component(folder ${CMAKE_CURRENT_SOURCE_DIR} NAME)
+  set(environment OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1000 ${arg_ENVIRONMENT}
+      TSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/test/support/tsan.supp
+      LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/test/support/lsan.supp:print_suppressions=0)
+  if(arg_RANKS)
+    set(test_name ${folder}.${name}.ranks${arg_RANKS})
+    add_test(NAME ${test_name} COMMAND ${MPIEXEC_EXECUTABLE} -np ${arg_RANKS} --oversubscribe --bind-to none
+             $<TARGET_FILE:${name}> ${arg_ARGS})
+    list(APPEND environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
+         DISTILL_EXPECT_RANKS=${arg_RANKS})
+    set_tests_properties(${test_name} PROPERTIES PROCESSORS ${arg_RANKS})
+  else()
+    set(test_name ${folder}.${name})
+    if(arg_VARIANT)
+      string(APPEND test_name .${arg_VARIANT})
+    endif()
+    add_test(NAME ${test_name} COMMAND ${name} ${arg_ARGS})
+  endif()
+  if("tsan" IN_LIST arg_LABELS)
+    set_property(GLOBAL APPEND PROPERTY DISTILL_TSAN_TESTS ${name})
+  endif()
+  if(NOT arg_TIMEOUT)
+    set(arg_TIMEOUT 300)
+  endif()
+  set_tests_properties(${test_name} PROPERTIES ENVIRONMENT "${environment}" LABELS "${folder};${arg_LABELS}"
+                       TIMEOUT ${arg_TIMEOUT})
+endfunction()

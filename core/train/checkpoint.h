@@ -1,0 +1,41 @@
+// The port through which a run keeps its state: complete or absent, and bit for bit what was saved.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/model/params.h"
+#include "core/train/train_state.h"
+
+namespace distill {
+
+// A matrix in device memory that belongs to the run's state, and where it lies in the whole one. Read by save(), filled
+// by load().
+struct CheckpointTensor {
+  std::string name;  // kind/parameter: "values/model.norm.weight", "master/…", "exp_avg/…", "exp_avg_sq/…"
+  View data;         // this rank's part; f32, bf16, f16 or f64
+  std::int64_t whole_rows = 0, whole_cols = 0;
+  std::int64_t first_row = 0, first_col = 0;  // of `data` in the whole
+};
+
+// One tensor a parameter of a flat storage, named kind/parameter; every one of them whole.
+std::vector<CheckpointTensor> checkpoint_tensors(std::string_view kind, const ParamTable& table, const View& flat);
+
+// All ranks that own state make the same calls in the same order.
+class CheckpointStore {
+ public:
+  CheckpointStore() = default;
+  virtual ~CheckpointStore() = default;
+  CheckpointStore(const CheckpointStore&) = delete;
+  CheckpointStore& operator=(const CheckpointStore&) = delete;
+
+  // Throws on every rank where it fails on one; then this checkpoint does not exist and older ones are untouched.
+  virtual void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) = 0;
+  // The newest good checkpoint of this run; those passed over are reported.
+  virtual std::optional<std::string> newest() = 0;
+  virtual TrainState load(const std::string& path, const std::vector<CheckpointTensor>& tensors) = 0;
+};
+
+}  // namespace distill

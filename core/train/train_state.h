@@ -1,0 +1,17 @@
+// What a resumed run must know beyond weights and moments.
+#pragma once
+
+#include <cstdint>
+
+namespace distill {
+
+struct TrainState {
+  std::int64_t step = 0;  // steps behind us; also the position in the data
+  double loss_scale = 0;  // 0: fresh
+  int loss_scale_good_steps = 0;
+  int nonfinite_in_a_row = 0;
+  std::int64_t optimizer_updates = 0;
+  std::int64_t samples = 0, tokens = 0;  // consumed by all ranks
+};
+
+}  // namespace distill

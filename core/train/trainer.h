@@ -1,0 +1,100 @@
+// The student's loop: batch, forward, loss against the teacher, backward, gradient sum, clip, AdamW, metrics.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "core/communicator.h"
+#include "core/distill/head_loss.h"
+#include "core/optim/loss_scale.h"
+#include "core/optim/optimizer.h"
+#include "core/optim/schedule.h"
+#include "core/train/batch_on_device.h"
+#include "core/train/metrics.h"
+#include "core/train/train_state.h"
+
+namespace distill {
+
+struct TrainerOptions {
+  std::int64_t total_steps = 0;
+  std::int64_t logging_steps = 1, save_steps = 50, eval_steps = 10;  // 0: never
+  double learning_rate = 5e-5;
+  double (*schedule)(std::int64_t, std::int64_t, std::int64_t) = schedules::linear;
+  std::int64_t warmup_steps = 0;
+  LossSpec loss;
+  std::int64_t logits_chunk = 512;
+  int max_nonfinite_steps = 5;
+  double flops_per_token = 0;  // of both roles, without attention scores
+  double flops_per_pair = 0;   // of both roles, per (query, key) pair of causal attention
+  double peak_flops = 0;       // per second and rank, for MFU
+  int ranks = 1;               // of both roles
+};
+
+// What the loop calls on; every member is optional but must be callable when given.
+struct TrainerHooks {
+  std::function<void(const MetricRecord&)> report;  // every logging_steps and whenever there is a validation
+  std::function<void(const TrainState&)> save;      // every save_steps and at the end
+  std::function<bool()> stop_requested;             // asked between steps, agreed among ranks
+};
+
+// Names of all metrics a run can report, in the order of its CSV columns.
+std::vector<std::string> metric_names();
+
+// Where the time of one or more steps went, seconds.
+struct StepTimes {
+  double data = 0, teacher = 0, forward = 0, loss = 0, backward = 0, reduce = 0, optimizer = 0, total = 0;
+  StepTimes& operator+=(const StepTimes& other);
+};
+
+class Trainer {
+ public:
+  enum class End { finished, stopped };
+
+  // `teacher` is null when distill_weight is 0, `validation` where there is none; `dp` joins the student ranks.
+  Trainer(Device& device, Transformer& student, Optimizer& optimizer, TeacherSource* teacher, const DataSource& data,
+          const DataSource* validation, Communicator& dp, TrainerOptions options, TrainerHooks hooks);
+
+  // Steps [state.step, total_steps). Throws Error(non_finite) after max_nonfinite_steps in a row.
+  End run(TrainState& state);
+
+  // Mean cross-entropy over the supervised positions of a data set, all dp ranks together, nats.
+  double validation_loss();
+
+  // Of all steps so far in this process, and how many they are.
+  const StepTimes& times() const { return times_; }
+  std::int64_t steps_run() const { return steps_run_; }
+
+ private:
+  struct StepResult {
+    LossSums sums{};  // over all ranks
+    double gradient_norm = 0, lr = 0;
+    bool applied = false;
+    StepBatch batch;
+    double pairs = 0;  // (query, key) pairs of this rank's micro-batches
+    StepTimes times;
+  };
+
+  void run_step(std::int64_t step, StepResult& result);
+  void apply(StepResult& result);
+  MetricRecord record(const TrainState& state, const StepResult& result) const;
+
+  Device& device_;
+  Transformer& student_;
+  Optimizer& optimizer_;
+  TeacherSource* teacher_;
+  const DataSource& data_;
+  const DataSource* validation_;
+  Communicator& dp_;
+  TrainerOptions options_;
+  TrainerHooks hooks_;
+  LossScale loss_scale_;
+  BatchOnDevice batch_;
+  HeadLoss head_loss_;
+  std::optional<HeadLoss> validation_head_;
+  int nonfinite_in_a_row_ = 0;
+  StepTimes times_;
+  std::int64_t steps_run_ = 0;
+};
+
+}  // namespace distill

@@ -1,0 +1,226 @@
+#include "io/checkpoint_manifest.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+#include "io/crc32c.h"
+#include "io/strict_json.h"
+
+namespace distill {
+
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+constexpr const char *format_name = "distill checkpoint", *checksum_key = "manifest_crc32c";
+constexpr int format_version = 1;
+
+std::string hex(std::uint32_t value) {
+  std::array<char, 9> out{};
+  std::snprintf(out.data(), out.size(), "%08x", value);
+  return out.data();
+}
+
+std::uint32_t parse_hex(const std::string& digits) {
+  std::uint32_t value = 0;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value, 16);
+  check_input(error == std::errc() && end == digits.data() + digits.size(), "checksum ", digits, " is no number");
+  return value;
+}
+
+std::uint32_t checksum(const json& manifest) {
+  const std::string content = manifest.dump();
+  return crc32c(std::as_bytes(std::span(content)));
+}
+
+json shard_json(const StoredShard& shard) {
+  json datasets = json::array();
+  for (const StoredDataset& d : shard.datasets)
+    datasets.push_back(
+        {{"name", d.name}, {"offset", d.range.offset}, {"bytes", d.range.bytes}, {"crc32c", hex(d.crc)}});
+  return {{"file", shard.file}, {"bytes", shard.bytes}, {"frame_crc32c", hex(shard.frame_crc)}, {"datasets", datasets}};
+}
+
+StoredShard shard_from(const json& value) {
+  StoredShard shard{.file = value.at("file"),
+                    .bytes = value.at("bytes"),
+                    .frame_crc = parse_hex(value.at("frame_crc32c")),
+                    .datasets = {}};
+  check_input(!shard.file.empty() && shard.file.find('/') == std::string::npos, "shard ", shard.file,
+              " is no file name");
+  for (const json& d : value.at("datasets"))
+    shard.datasets.push_back({d.at("name"), {d.at("offset"), d.at("bytes")}, parse_hex(d.at("crc32c"))});
+  return shard;
+}
+
+json state_json(const TrainState& s) {
+  return {{"step", s.step},
+          {"samples", s.samples},
+          {"tokens", s.tokens},
+          {"optimizer_updates", s.optimizer_updates},
+          {"loss_scale", s.loss_scale},
+          {"loss_scale_good_steps", s.loss_scale_good_steps},
+          {"nonfinite_in_a_row", s.nonfinite_in_a_row}};
+}
+
+TrainState state_from(const json& value) {
+  return {.step = value.at("step"),
+          .loss_scale = value.at("loss_scale"),
+          .loss_scale_good_steps = value.at("loss_scale_good_steps"),
+          .nonfinite_in_a_row = value.at("nonfinite_in_a_row"),
+          .optimizer_updates = value.at("optimizer_updates"),
+          .samples = value.at("samples"),
+          .tokens = value.at("tokens")};
+}
+
+CheckpointManifest manifest_from(const json& value) {
+  const json& run = value.at("run");
+  const json& grid = run.at("grid");
+  CheckpointManifest manifest{.serial = value.at("serial"),
+                              .state = state_from(value.at("state")),
+                              .run = {.version = run.at("version"),
+                                      .config = run.at("config"),
+                                      .seed = run.at("seed"),
+                                      .threads = run.at("threads"),
+                                      .samples_per_step = run.at("samples_per_step"),
+                                      .grid = {grid.at("tp"), grid.at("pp"), grid.at("dp")}},
+                              .shards = {}};
+  for (const json& shard : value.at("shards")) manifest.shards.push_back(shard_from(shard));
+  return manifest;
+}
+
+// Reads by calls rather than through mapped memory: a bad sector must be an error here and no signal.
+class Reader {
+ public:
+  explicit Reader(const std::string& path) : path_(path), descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    check_input(descriptor_ >= 0, path, ": cannot open: ", std::strerror(errno));
+  }
+  ~Reader() { close(descriptor_); }
+  Reader(const Reader&) = delete;
+  Reader& operator=(const Reader&) = delete;
+
+  std::uint64_t size() const {
+    struct stat info = {};
+    check_input(fstat(descriptor_, &info) == 0, path_, ": cannot read: ", std::strerror(errno));
+    return std::uint64_t(info.st_size);
+  }
+
+  std::uint32_t checksum(FileRange range, std::uint32_t before = 0) {
+    buffer_.resize(std::min<std::uint64_t>(4 << 20, range.bytes));
+    while (range.bytes > 0) {
+      const ssize_t n =
+          pread(descriptor_, buffer_.data(), std::min<std::uint64_t>(buffer_.size(), range.bytes), off_t(range.offset));
+      if (n < 0 && errno == EINTR) continue;
+      check_input(n > 0, path_, ": cannot read: ", n == 0 ? "it ends too early" : std::strerror(errno));
+      before = crc32c(std::span(buffer_).first(std::size_t(n)), before);
+      range = {range.offset + std::uint64_t(n), range.bytes - std::uint64_t(n)};
+    }
+    return before;
+  }
+
+ private:
+  const std::string& path_;
+  int descriptor_;
+  std::vector<std::byte> buffer_;
+};
+
+void check_size(Reader& reader, const std::string& path, const StoredShard& shard) {
+  const std::uint64_t size = reader.size();
+  check_input(size == shard.bytes, path, ": has ", size, " bytes, its manifest says ", shard.bytes);
+}
+
+std::uint32_t frame_checksum(Reader& reader, const std::string& path, const StoredShard& shard) {
+  std::vector<FileRange> ranges;
+  for (const StoredDataset& d : shard.datasets) ranges.push_back(d.range);
+  std::sort(ranges.begin(), ranges.end(), [](const FileRange& a, const FileRange& b) { return a.offset < b.offset; });
+  ranges.push_back({shard.bytes, 0});
+  std::uint64_t at = 0;
+  std::uint32_t crc = 0;
+  for (const FileRange& range : ranges) {
+    if (range.bytes == 0 && range.offset == 0) continue;  // a dataset without elements has no place
+    check_input(range.offset >= at && range.offset <= shard.bytes && range.bytes <= shard.bytes - range.offset, path,
+                ": its datasets do not lie side by side within the file");
+    crc = reader.checksum({at, range.offset - at}, crc);
+    at = range.offset + range.bytes;
+  }
+  return crc;
+}
+
+}  // namespace
+
+std::string to_json(const StoredShard& shard) { return shard_json(shard).dump(); }
+StoredShard parse_shard(const std::string& text) { return shard_from(json::parse(text)); }
+
+std::string to_json(const CheckpointManifest& manifest) {
+  const CheckpointRun& run = manifest.run;
+  json shards = json::array();
+  for (const StoredShard& shard : manifest.shards) shards.push_back(shard_json(shard));
+  json out = {{"format", format_name},
+              {"format_version", format_version},
+              {"serial", manifest.serial},
+              {"state", state_json(manifest.state)},
+              {"run",
+               {{"version", run.version},
+                {"hdf5_version", hdf5_version()},
+                {"config", run.config},
+                {"seed", run.seed},
+                {"threads", run.threads},
+                {"samples_per_step", run.samples_per_step},
+                {"grid", {{"tp", run.grid.tp}, {"pp", run.grid.pp}, {"dp", run.grid.dp}}}}},
+              {"shards", shards}};
+  out[checksum_key] = hex(checksum(out));
+  return out.dump(1) + "\n";
+}
+
+CheckpointManifest read_manifest(const std::string& folder) {
+  const std::string path = fs::path(folder) / "manifest.json";
+  std::error_code error;
+  check_input(fs::exists(path, error), folder, ": has no manifest.json: not a complete checkpoint");
+  json manifest = read_strict_json(path);
+  check_input(manifest.is_object() && manifest.value("format", json()) == format_name, path,
+              ": is not the manifest of a checkpoint of this program");
+  check_input(manifest.value("format_version", json()) == format_version, path, ": has format version ",
+              shown(manifest.value("format_version", json())), ", this program reads ", format_version);
+  const json written = manifest.value(checksum_key, json());
+  manifest.erase(checksum_key);
+  check_input(written == hex(checksum(manifest)), path, ": is damaged (its checksum does not match)");
+  try {
+    return manifest_from(manifest);
+  } catch (const json::exception& problem) {
+    fail_input(path, ": is not a manifest of this program: ", problem.what());
+  }
+}
+
+std::uint32_t frame_checksum(const std::string& path, const StoredShard& shard) {
+  Reader reader(path);
+  return frame_checksum(reader, path, shard);
+}
+
+void check_shard_frame(const std::string& folder, const StoredShard& shard) {
+  const std::string path = fs::path(folder) / shard.file;
+  Reader reader(path);
+  check_size(reader, path, shard);
+  check_input(frame_checksum(reader, path, shard) == shard.frame_crc, path,
+              ": is damaged (the checksum of its structure does not match)");
+}
+
+void check_shard(const std::string& folder, const StoredShard& shard) {
+  check_shard_frame(folder, shard);
+  const std::string path = fs::path(folder) / shard.file;
+  Reader reader(path);
+  for (const StoredDataset& d : shard.datasets)
+    check_input(reader.checksum(d.range) == d.crc, path, ": ", d.name, " is damaged (its checksum does not match)");
+}
+
+}  // namespace distill

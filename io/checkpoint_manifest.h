@@ -1,0 +1,64 @@
+// manifest.json of a checkpoint: written last, so a folder that has a good one is complete. Says what every file must
+// contain, byte for byte.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/train/train_state.h"
+#include "io/hdf5.h"
+
+namespace distill {
+
+struct StoredGrid {
+  int tp = 1, pp = 1, dp = 1;
+  bool operator==(const StoredGrid&) const = default;
+};
+
+// What holds for every checkpoint of a run.
+struct CheckpointRun {
+  std::string version;                // of this program
+  std::string config;                 // resolved, as YAML
+  std::uint64_t seed = 0;             // of the data's order
+  int threads = 1;                    // compute threads of a student rank; sums depend on it
+  std::int64_t samples_per_step = 0;  // the global batch
+  StoredGrid grid;
+};
+
+struct StoredDataset {
+  std::string name;
+  FileRange range;
+  std::uint32_t crc = 0;
+};
+
+struct StoredShard {
+  std::string file;  // in the checkpoint's folder
+  std::uint64_t bytes = 0;
+  std::uint32_t frame_crc = 0;  // of all bytes that belong to no dataset
+  std::vector<StoredDataset> datasets;
+};
+
+struct CheckpointManifest {
+  std::int64_t serial = 0;  // counts the checkpoints of a folder in the order in which they were written
+  TrainState state;
+  CheckpointRun run;
+  std::vector<StoredShard> shards;
+};
+
+std::string to_json(const CheckpointManifest& manifest);
+// From <folder>/manifest.json; what is wrong with it is an input error.
+CheckpointManifest read_manifest(const std::string& folder);
+
+// One shard, on its own: how ranks tell rank 0 what they wrote.
+std::string to_json(const StoredShard& shard);
+StoredShard parse_shard(const std::string& json);
+
+// Checksum of the bytes of a file outside its datasets. Fails where these do not lie side by side within the file.
+std::uint32_t frame_checksum(const std::string& path, const StoredShard& shard);
+// Size and frame only: enough to open the file with confidence when the datasets are checked as they are read.
+void check_shard_frame(const std::string& folder, const StoredShard& shard);
+// Every byte.
+void check_shard(const std::string& folder, const StoredShard& shard);
+
+}  // namespace distill

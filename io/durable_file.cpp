@@ -1,0 +1,140 @@
+#include "io/durable_file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "core/error.h"
+
+namespace distill {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view partial_suffix = ".partial", removed_suffix = ".removed";
+
+[[noreturn]] void fail_errno(const char* what, const std::string& path) {
+  const int error = errno;
+  fail(path, ": cannot ", what, ": ", std::strerror(error));
+}
+
+// folder/name → folder/.name.suffix
+std::string hidden_neighbour(const std::string& path, std::string_view suffix) {
+  const fs::path full(path);
+  return full.parent_path() / text('.', full.filename().string(), suffix);
+}
+
+std::string parent_of(const std::string& path) {
+  const fs::path parent = fs::path(path).parent_path();
+  return parent.empty() ? "." : parent.string();
+}
+
+void rename_or_fail(const std::string& from, const std::string& to) {
+  if (rename(from.c_str(), to.c_str()) != 0) fail_errno("rename to it", to);
+}
+
+std::string without_trailing_slash(std::string path) {
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  return path;
+}
+
+}  // namespace
+
+DurableFile::DurableFile(const std::string& path) : path_(path), partial_(text(path, partial_suffix)) {
+  descriptor_ = open(partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (descriptor_ < 0) fail_errno("create", partial_);
+}
+
+DurableFile::~DurableFile() {
+  if (descriptor_ < 0) return;
+  close(descriptor_);
+  unlink(partial_.c_str());
+}
+
+void DurableFile::write(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(descriptor_, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail_errno("write", partial_);
+    bytes = bytes.subspan(std::size_t(n));
+  }
+}
+
+void DurableFile::commit() {
+  if (fsync(descriptor_) != 0) fail_errno("write", partial_);
+  rename_or_fail(partial_, path_);
+  close(descriptor_);
+  descriptor_ = -1;
+  sync_path(parent_of(path_));
+}
+
+DurableFolder::DurableFolder(const std::string& path)
+    : path_(without_trailing_slash(path)), partial_(hidden_neighbour(path_, partial_suffix)) {
+  std::error_code error;
+  fs::remove_all(partial_, error);
+  fs::create_directories(partial_, error);
+  if (error) fail(partial_, ": cannot create: ", error.message());
+}
+
+DurableFolder::~DurableFolder() {
+  std::error_code ignored;
+  if (!partial_.empty()) fs::remove_all(partial_, ignored);
+}
+
+void DurableFolder::commit() {
+  sync_path(partial_);
+  const std::string old = hidden_neighbour(path_, removed_suffix);
+  std::error_code error;
+  fs::remove_all(old, error);
+  const bool replaces = fs::exists(path_, error);
+  if (replaces) rename_or_fail(path_, old);
+  if (rename(partial_.c_str(), path_.c_str()) != 0) {
+    const int reason = errno;
+    if (replaces) rename_or_fail(old, path_);
+    errno = reason;
+    fail_errno("rename to it", path_);
+  }
+  partial_.clear();
+  sync_path(parent_of(path_));
+  if (replaces) fs::remove_all(old, error);
+}
+
+void write_durably(const std::string& path, std::string_view content) {
+  DurableFile file(path);
+  file.write(content);
+  file.commit();
+}
+
+void sync_path(const std::string& path) {
+  const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail_errno("open", path);
+  const int result = fsync(descriptor);
+  close(descriptor);
+  // Some file systems cannot flush a folder and say so; their renames are as durable as they get.
+  if (result != 0 && errno != EINVAL) fail_errno("flush", path);
+}
+
+void remove_folder(const std::string& path) {
+  const std::string old = hidden_neighbour(without_trailing_slash(path), removed_suffix);
+  std::error_code ignored;
+  fs::remove_all(old, ignored);
+  rename_or_fail(path, old);
+  fs::remove_all(old, ignored);
+}
+
+void remove_leftovers(const std::string& parent) {
+  std::error_code error;
+  for (const fs::directory_entry& entry : fs::directory_iterator(parent, error)) {
+    const std::string name = entry.path().filename().string();
+    const auto ends_with = [&](std::string_view suffix) { return name.ends_with(suffix); };
+    std::error_code ignored;
+    if (name.starts_with('.') && (ends_with(partial_suffix) || ends_with(removed_suffix)))
+      fs::remove_all(entry.path(), ignored);
+  }
+}
+
+}  // namespace distill

@@ -1,0 +1,260 @@
+#include "io/hdf5.h"
+
+#include <hdf5.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+#include "io/durable_file.h"
+
+namespace distill {
+
+namespace {
+
+constexpr std::int64_t slab_bytes = 8 << 20;
+constexpr const char *format_attribute = "format", *whole_attribute = "whole_shape", *first_attribute = "first";
+
+// The library of Debian is not made for threads. The first one to come also silences its own error messages and its
+// handler at exit, which would wait for ever for a file that a full disk keeps it from closing.
+std::unique_lock<std::mutex> take_turn() {
+  static std::mutex mutex;
+  std::unique_lock lock(mutex);
+  static const bool is_set_up = H5dont_atexit() >= 0 && H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
+  check(is_set_up, "HDF5 cannot be set up");
+  return lock;
+}
+
+// What the library says about its last failure, most specific first.
+std::string reason() {
+  std::string out;
+  const auto keep_first = [](unsigned n, const H5E_error2_t* error, void* to) -> herr_t {
+    if (n == 0 && error->desc != nullptr) *static_cast<std::string*>(to) = error->desc;
+    return 0;
+  };
+  H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, keep_first, &out);
+  return out.empty() ? "HDF5 gives no reason" : out;
+}
+
+// Lets others take their turn while a callback runs.
+class Pause {
+ public:
+  explicit Pause(std::unique_lock<std::mutex>& turn) : turn_(turn) { turn_.unlock(); }
+  ~Pause() { turn_.lock(); }
+  Pause(const Pause&) = delete;
+  Pause& operator=(const Pause&) = delete;
+
+ private:
+  std::unique_lock<std::mutex>& turn_;
+};
+
+// "<path>: cannot <what>: <why>" unless it went well.
+void must(bool went_well, const std::string& path, const std::string& what) {
+  if (!went_well) fail(path, ": cannot ", what, ": ", reason());
+}
+void must_read(bool went_well, const std::string& path, const std::string& what) {
+  if (!went_well) fail_input(path, ": cannot ", what, ": ", reason());
+}
+
+// An identifier of the library, given back at the end. Made and used while the lock is held.
+class Id {
+ public:
+  Id(hid_t id, herr_t (*close)(hid_t)) : id_(id), close_(close) {}
+  ~Id() {
+    if (id_ >= 0) close_(id_);
+  }
+  Id(const Id&) = delete;
+  Id& operator=(const Id&) = delete;
+  operator hid_t() const { return id_; }
+
+ private:
+  hid_t id_;
+  herr_t (*close_)(hid_t);
+};
+
+hid_t stored_type(DType type) {
+  switch (type) {
+    case DType::f32:
+      return H5T_IEEE_F32LE;
+    case DType::f64:
+      return H5T_IEEE_F64LE;
+    case DType::bf16:
+    case DType::f16:
+      return H5T_STD_U16LE;
+    default:
+      fail("HDF5: ", name_of(type), " is not stored");
+  }
+}
+
+std::optional<DType> type_by_name(std::string_view name) {
+  for (const DType type : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    if (name == name_of(type)) return type;
+  return std::nullopt;
+}
+
+// Cuts a matrix into slabs that lie in the file one after the other.
+template <class Body>
+void for_each_slab(const StoredMatrix& m, const Body& body) {
+  const auto width = std::int64_t(size_of(m.dtype));
+  const std::int64_t cols = std::clamp<std::int64_t>(slab_bytes / width, 1, std::max<std::int64_t>(m.cols, 1));
+  const std::int64_t rows = cols < m.cols ? 1 : std::max<std::int64_t>(slab_bytes / (width * cols), 1);
+  for (std::int64_t row = 0; row < m.rows; row += rows)
+    for (std::int64_t col = 0; col < m.cols; col += cols)
+      body(Slab{row, col, std::min(rows, m.rows - row), std::min(cols, m.cols - col)});
+}
+
+// Selects a slab of a file's dataspace and makes the one of the memory that goes with it.
+hid_t select(hid_t space, const Slab& slab) {
+  const std::array<hsize_t, 2> first = {hsize_t(slab.first_row), hsize_t(slab.first_col)},
+                               count = {hsize_t(slab.rows), hsize_t(slab.cols)};
+  H5Sselect_hyperslab(space, H5S_SELECT_SET, first.data(), nullptr, count.data(), nullptr);
+  return H5Screate_simple(2, count.data(), nullptr);
+}
+
+bool put_text(hid_t object, const char* name, std::string_view value) {
+  const Id type(H5Tcopy(H5T_C_S1), H5Tclose), space(H5Screate(H5S_SCALAR), H5Sclose);
+  H5Tset_size(type, value.size());
+  const Id attribute(H5Acreate2(object, name, type, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+  return H5Awrite(attribute, type, value.data()) >= 0;
+}
+
+bool put_pair(hid_t object, const char* name, std::int64_t a, std::int64_t b) {
+  const std::array<hsize_t, 1> size = {2};
+  const std::array<std::int64_t, 2> values = {a, b};
+  const Id space(H5Screate_simple(1, size.data(), nullptr), H5Sclose);
+  const Id attribute(H5Acreate2(object, name, H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+  return H5Awrite(attribute, H5T_NATIVE_INT64, values.data()) >= 0;
+}
+
+std::string get_text(hid_t object, const char* name) {
+  const Id attribute(H5Aopen(object, name, H5P_DEFAULT), H5Aclose), type(H5Aget_type(attribute), H5Tclose);
+  constexpr std::size_t most = 64;
+  if (H5Tget_class(type) != H5T_STRING || H5Tis_variable_str(type) != 0 || H5Tget_size(type) > most) return "";
+  std::string value(H5Tget_size(type), '\0');
+  return H5Aread(attribute, type, value.data()) >= 0 ? value : "";
+}
+
+std::optional<std::pair<std::int64_t, std::int64_t>> get_pair(hid_t object, const char* name) {
+  const Id attribute(H5Aopen(object, name, H5P_DEFAULT), H5Aclose), space(H5Aget_space(attribute), H5Sclose);
+  std::array<std::int64_t, 2> values{};
+  if (H5Sget_simple_extent_npoints(space) != 2 || H5Aread(attribute, H5T_NATIVE_INT64, values.data()) < 0)
+    return std::nullopt;
+  return std::pair(values[0], values[1]);
+}
+
+}  // namespace
+
+Hdf5Writer::Hdf5Writer(const std::string& path) : path_(path) {
+  const auto turn = take_turn();
+  file_ = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+  must(file_ >= 0, path, "create");
+}
+
+Hdf5Writer::~Hdf5Writer() {
+  if (file_ < 0) return;
+  const auto turn = take_turn();
+  // The library writes before it closes; on a full disk it needs the space that the file itself holds.
+  if (truncate(path_.c_str(), 0) == 0) H5Fclose(file_);
+  unlink(path_.c_str());
+}
+
+FileRange Hdf5Writer::write(const StoredMatrix& matrix, const Fill& fill) {
+  auto turn = take_turn();
+  const std::array<hsize_t, 2> shape = {hsize_t(matrix.rows), hsize_t(matrix.cols)};
+  const Id space(H5Screate_simple(2, shape.data(), nullptr), H5Sclose);
+  const Id link(H5Pcreate(H5P_LINK_CREATE), H5Pclose), layout(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
+  H5Pset_create_intermediate_group(link, 1);
+  H5Pset_layout(layout, H5D_CONTIGUOUS);
+  H5Pset_alloc_time(layout, H5D_ALLOC_TIME_EARLY);
+  H5Pset_fill_time(layout, H5D_FILL_TIME_NEVER);
+  const hid_t type = stored_type(matrix.dtype);
+  const Id dataset(H5Dcreate2(file_, matrix.name.c_str(), type, space, link, layout, H5P_DEFAULT), H5Dclose);
+  must(dataset >= 0 && put_text(dataset, format_attribute, name_of(matrix.dtype)) &&
+           put_pair(dataset, whole_attribute, matrix.whole_rows, matrix.whole_cols) &&
+           put_pair(dataset, first_attribute, matrix.first_row, matrix.first_col),
+       path_, "write " + matrix.name);
+  std::vector<std::byte> bytes;
+  for_each_slab(matrix, [&](const Slab& slab) {
+    bytes.resize(std::size_t(slab.rows * slab.cols) * size_of(matrix.dtype));
+    {
+      const Pause pause(turn);
+      fill(slab, bytes);
+    }
+    const Id memory(select(space, slab), H5Sclose);
+    must(H5Dwrite(dataset, type, memory, space, H5P_DEFAULT, bytes.data()) >= 0, path_, "write " + matrix.name);
+  });
+  const auto size = std::uint64_t(matrix.rows * matrix.cols) * size_of(matrix.dtype);
+  return {size == 0 ? 0 : std::uint64_t(H5Dget_offset(dataset)), size};
+}
+
+void Hdf5Writer::close() {
+  {
+    const auto turn = take_turn();
+    must(H5Fflush(file_, H5F_SCOPE_GLOBAL) >= 0, path_, "write");
+    must(H5Fclose(file_) >= 0, path_, "write");
+    file_ = -1;
+  }
+  sync_path(path_);
+}
+
+Hdf5Reader::Hdf5Reader(const std::string& path) : path_(path) {
+  const auto turn = take_turn();
+  file_ = H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
+  must_read(file_ >= 0, path, "read");
+}
+
+Hdf5Reader::~Hdf5Reader() {
+  const auto turn = take_turn();
+  H5Fclose(file_);
+}
+
+StoredMatrix Hdf5Reader::describe(const std::string& name) const {
+  const auto turn = take_turn();
+  const Id dataset(H5Dopen2(file_, name.c_str(), H5P_DEFAULT), H5Dclose);
+  check_input(dataset >= 0, path_, ": has no ", name);
+  const Id space(H5Dget_space(dataset), H5Sclose);
+  std::array<hsize_t, 2> shape{};
+  const bool is_matrix =
+      H5Sget_simple_extent_ndims(space) == 2 && H5Sget_simple_extent_dims(space, shape.data(), nullptr) == 2;
+  const std::optional<DType> type = type_by_name(get_text(dataset, format_attribute));
+  const auto whole = get_pair(dataset, whole_attribute), first = get_pair(dataset, first_attribute);
+  check_input(is_matrix && type && whole && first, path_, ": ", name, " is not a matrix with the attributes ",
+              format_attribute, ", ", whole_attribute, " and ", first_attribute);
+  return {.name = name,
+          .dtype = *type,
+          .rows = std::int64_t(shape[0]),
+          .cols = std::int64_t(shape[1]),
+          .whole_rows = whole->first,
+          .whole_cols = whole->second,
+          .first_row = first->first,
+          .first_col = first->second};
+}
+
+void Hdf5Reader::read(const StoredMatrix& matrix, const Take& take) const {
+  auto turn = take_turn();
+  const Id dataset(H5Dopen2(file_, matrix.name.c_str(), H5P_DEFAULT), H5Dclose);
+  const Id space(H5Dget_space(dataset), H5Sclose);
+  std::vector<std::byte> bytes;
+  for_each_slab(matrix, [&](const Slab& slab) {
+    bytes.resize(std::size_t(slab.rows * slab.cols) * size_of(matrix.dtype));
+    const Id memory(select(space, slab), H5Sclose);
+    must_read(H5Dread(dataset, stored_type(matrix.dtype), memory, space, H5P_DEFAULT, bytes.data()) >= 0, path_,
+              "read " + matrix.name);
+    const Pause pause(turn);
+    take(slab, bytes);
+  });
+}
+
+std::string hdf5_version() {
+  const auto turn = take_turn();
+  unsigned major = 0, minor = 0, release = 0;
+  H5get_libversion(&major, &minor, &release);
+  return text(major, '.', minor, '.', release);
+}
+
+}  // namespace distill

@@ -1,0 +1,76 @@
+// Matrices in an HDF5 file, each one contiguous dataset. Over the library's C interface, which no other file sees.
+// Calls from several threads are fine: they take turns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "core/number.h"
+
+namespace distill {
+
+// A dataset [rows, cols] and its attributes: `format` (16-bit floats are stored as unsigned integers), and where it
+// lies in the whole matrix (`whole_shape`, `first`).
+struct StoredMatrix {
+  std::string name;  // with slashes; groups are made where they are missing
+  DType dtype = DType::f32;
+  std::int64_t rows = 0, cols = 0;
+  std::int64_t whole_rows = 0, whole_cols = 0;
+  std::int64_t first_row = 0, first_col = 0;
+};
+
+// A part of a matrix.
+struct Slab {
+  std::int64_t first_row = 0, first_col = 0, rows = 0, cols = 0;
+};
+
+struct FileRange {
+  std::uint64_t offset = 0, bytes = 0;
+};
+
+class Hdf5Writer {
+ public:
+  // Failures throw (exit code internal) with path and reason; a file that is not closed is removed.
+  explicit Hdf5Writer(const std::string& path);
+  ~Hdf5Writer();
+  Hdf5Writer(const Hdf5Writer&) = delete;
+  Hdf5Writer& operator=(const Hdf5Writer&) = delete;
+
+  // Called with slabs of at most 8 MB, in the order of the bytes in the file.
+  using Fill = std::function<void(const Slab& slab, std::span<std::byte> bytes)>;
+  // Returns where in the file the values lie.
+  FileRange write(const StoredMatrix& matrix, const Fill& fill);
+  // To be called at the end; the values are on the disk when it returns.
+  void close();
+
+ private:
+  std::string path_;
+  std::int64_t file_ = -1;
+};
+
+class Hdf5Reader {
+ public:
+  // What is wrong with the file is an input error.
+  explicit Hdf5Reader(const std::string& path);
+  ~Hdf5Reader();
+  Hdf5Reader(const Hdf5Reader&) = delete;
+  Hdf5Reader& operator=(const Hdf5Reader&) = delete;
+
+  StoredMatrix describe(const std::string& name) const;
+  using Take = std::function<void(const Slab& slab, std::span<const std::byte> bytes)>;
+  // Slabs as in Hdf5Writer::write.
+  void read(const StoredMatrix& matrix, const Take& take) const;
+
+ private:
+  std::string path_;
+  std::int64_t file_ = -1;
+};
+
+// "1.10.8"
+std::string hdf5_version();
+
+}  // namespace distill

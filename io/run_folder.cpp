@@ -1,0 +1,64 @@
+#include "io/run_folder.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "core/error.h"
+#include "io/durable_file.h"
+
+namespace distill {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// "process 4711 on node-a"
+std::string this_process() {
+  std::array<char, 256> host{};
+  gethostname(host.data(), host.size() - 1);
+  return text("process ", getpid(), " on ", host.data());
+}
+
+std::string content(int descriptor) {
+  std::array<char, 300> out{};
+  const ssize_t n = pread(descriptor, out.data(), out.size(), 0);
+  return n > 0 ? std::string(out.data(), std::size_t(n)) : "another process";
+}
+
+}  // namespace
+
+RunFolder::RunFolder(const std::string& path) : path_(path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  check_input(!error, path, ": cannot create: ", error.message());
+  lock_ = open(file(".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  check_input(lock_ >= 0, file(".lock"), ": cannot open: ", std::strerror(errno));
+  if (flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+    const int reason = errno;
+    const std::string holder = content(lock_);
+    close(lock_);
+    check_input(reason != EWOULDBLOCK, path, ": is in use by ", holder,
+                "; wait for that run, stop it, or choose another exp_name");
+    fail_input(path, ": cannot lock: ", std::strerror(reason));
+  }
+  // Only for messages, so a full disk must not stop a run here.
+  const std::string mine = this_process();
+  if (ftruncate(lock_, 0) != 0 || pwrite(lock_, mine.data(), mine.size(), 0) < 0) return;
+}
+
+RunFolder::~RunFolder() { close(lock_); }
+
+void RunFolder::mark_finished(std::int64_t step) const { write_durably(file("finished"), text("step ", step, '\n')); }
+
+void RunFolder::clear_finished() const {
+  std::error_code ignored;
+  fs::remove(file("finished"), ignored);
+}
+
+}  // namespace distill

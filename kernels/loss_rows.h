@@ -1,0 +1,417 @@
+// The loss of one position, written once for every backend: passes over one rank's columns of the vocabulary by a Team
+// of lanes. Between passes stands a small struct of the position; with the vocabulary cut over ranks it is all-reduced
+// there (Maxima by maximum, the others by sum) and nothing else is ever sent. distill_row() is the sequence; with a
+// team whose reductions reach over ranks it is the sequence for a cut vocabulary.
+//
+// Units: a_j = (s_j − max s)/τ and b_j = (t_j − max t)/(τ τ_t), both ≤ 0; natural logarithms. S is float or double, T
+// the teacher's storage type, G the gradient's. NaN and +infinity in logits reach the terms as NaN.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "core/distill/divergence.h"
+#include "core/distill/loss_spec.h"
+#include "kernels/team.h"
+
+namespace distill {
+
+// −infinity, and whatever lies below −1e9, reads as −1e9: differences stay finite. NaN stays.
+template <class S>
+DISTILL_HD S readable(S logit) {
+  return logit < S(-1e9) ? S(-1e9) : logit;
+}
+template <class S, class T>
+DISTILL_HD S readable_as(T stored) {
+  return readable(S(Compute<T>(stored)));
+}
+
+// This rank's columns of one position.
+template <class S, class T>
+struct LossRow {
+  const S* student = nullptr;
+  const T* teacher = nullptr;  // null: no teacher, only cross-entropy
+  std::int64_t columns = 0;    // columns of the real vocabulary here
+  std::int64_t padded = 0;     // columns of the gradient here, ≥ columns
+  std::int64_t first = 0;      // vocabulary id of column 0
+  std::int64_t label = 0;      // vocabulary id, here or on another rank
+};
+
+// A sum that does not lose digits over 150,000 terms (Kahan 1965).
+template <class S>
+class LongSum {
+ public:
+  DISTILL_HD void add(S x) {
+    const S y = x - lost_;
+    const S next = sum_ + y;
+    lost_ = (next - sum_) - y;
+    sum_ = next;
+  }
+  DISTILL_HD S value() const { return sum_; }
+
+ private:
+  S sum_ = 0, lost_ = 0;
+};
+
+// --- pass 1: maxima
+
+template <class S>
+struct Maxima {
+  S student = S(-1e9), teacher = S(-1e9);
+};
+
+template <class Team, class S, class T>
+DISTILL_HD Maxima<S> row_maxima(Team team, const LossRow<S, T>& row) {
+  Maxima<S> most;
+  for (std::int64_t j = team.lane(); j < row.columns; j += team.lanes()) {
+    const S s = readable(row.student[j]);
+    if (s > most.student) most.student = s;
+    if (!row.teacher) continue;
+    const S t = readable_as<S>(row.teacher[j]);
+    if (t > most.teacher) most.teacher = t;
+  }
+  return {team.max(most.student), team.max(most.teacher)};
+}
+
+// The row in the units above.
+template <class S, class T>
+struct CentredRow {
+  DISTILL_HD CentredRow(const LossRow<S, T>& r, const Maxima<S>& m, const LossSpec& spec)
+      : row(r), most(m), inverse_t(S(1) / S(spec.temperature)), inverse_tt(inverse_t / S(spec.teacher_temperature)) {}
+  DISTILL_HD S plain(std::int64_t j) const { return readable(row.student[j]) - most.student; }
+  DISTILL_HD S a(std::int64_t j) const { return plain(j) * inverse_t; }
+  DISTILL_HD S b(std::int64_t j) const { return (readable_as<S>(row.teacher[j]) - most.teacher) * inverse_tt; }
+
+  LossRow<S, T> row;
+  Maxima<S> most;
+  S inverse_t, inverse_tt;  // 1/τ, 1/(τ τ_t)
+};
+
+// --- pass 2: sums of exponentials over the whole vocabulary
+
+template <class S>
+struct SoftmaxSums {
+  S plain = 0;                     // Σ exp(s − max s), of the cross-entropy
+  S label = 0;                     // s_label − max s, from the rank that owns the label
+  S student = 0, student_dot = 0;  // Σ exp(a), Σ exp(a) a
+  S teacher = 0, teacher_dot = 0;  // Σ exp(b), Σ exp(b) b
+  S agreements = 0;                // columns where both sides have their maximum
+};
+
+template <class Team, class S, class T>
+DISTILL_HD SoftmaxSums<S> row_sums(Team team, const CentredRow<S, T>& x) {
+  using std::exp;
+  LongSum<S> plain, student, student_dot, teacher, teacher_dot;
+  S agreements = 0;
+  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
+    const S s = x.plain(j), a = x.a(j), e = exp(a);
+    plain.add(exp(s));
+    student.add(e);
+    student_dot.add(e * a);
+    if (!x.row.teacher) continue;
+    const S b = x.b(j), f = exp(b);
+    teacher.add(f);
+    teacher_dot.add(f * b);
+    if (s == S(0) && b == S(0)) agreements += S(1);
+  }
+  SoftmaxSums<S> sums;
+  sums.plain = team.sum(plain.value());
+  sums.student = team.sum(student.value());
+  sums.student_dot = team.sum(student_dot.value());
+  sums.teacher = team.sum(teacher.value());
+  sums.teacher_dot = team.sum(teacher_dot.value());
+  sums.agreements = team.sum(agreements);
+  const std::int64_t label = x.row.label - x.row.first;
+  const bool owns_label = team.lane() == 0 && label >= 0 && label < x.row.columns;
+  sums.label = team.sum(owns_label ? x.plain(label) : S(0));
+  return sums;
+}
+
+// --- thresholds, found digit by digit in the order-preserving bits of a number
+
+// The unsigned number that orders like x, −0 and +0 alike.
+DISTILL_HD inline std::uint32_t ordered_bits(float x) {
+  const std::uint32_t u = std::bit_cast<std::uint32_t>(x + 0.0f);
+  return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+DISTILL_HD inline std::uint64_t ordered_bits(double x) {
+  const std::uint64_t u = std::bit_cast<std::uint64_t>(x + 0.0);
+  return u >> 63 ? ~u : u | (std::uint64_t{1} << 63);
+}
+template <class S>
+using OrderedBits = decltype(ordered_bits(S{}));
+
+// The largest key such that the entries with that key or a larger one weigh more than `goal` together; when rounding
+// keeps the total from exceeding it, the smallest key there is. `above` is what the larger ones weigh. Items has
+// each(lane, lanes, visit) which calls visit(key, weight). Per digit 16 sums, the same on every rank after an
+// all-reduce.
+template <class Key, class S>
+struct Threshold {
+  Key key = 0;
+  S above = 0;
+};
+
+template <class Key, class S, class Team, class Items>
+DISTILL_HD Threshold<Key, S> find_threshold(Team team, const Items& items, S goal) {
+  constexpr int digit_bits = 4, bins = 1 << digit_bits;
+  Threshold<Key, S> found;
+  Key fixed = 0;  // mask of the digits found so far
+  for (int shift = int(sizeof(Key)) * 8 - digit_bits; shift >= 0; shift -= digit_bits) {
+    LongSum<S> weight[bins];
+    items.each(team.lane(), team.lanes(), [&](Key key, S w) {
+      if ((key & fixed) == found.key) weight[(key >> shift) & Key(bins - 1)].add(w);
+    });
+    S sums[bins];
+    for (int d = 0; d < bins; ++d) sums[d] = team.sum(weight[d].value());
+    int least = bins - 1;
+    for (int d = bins - 1; d >= 0; --d)
+      if (sums[d] > S(0)) least = d;
+    int digit = bins - 1;
+    while (digit > least && !(found.above + sums[digit] > goal)) found.above += sums[digit--];
+    found.key |= Key(digit) << shift;
+    fixed |= Key(bins - 1) << shift;
+  }
+  return found;
+}
+
+// --- top-k: S = {t > key} ∪ {t = key, id ≤ last_id}
+
+template <class S>
+struct TopkCut {
+  OrderedBits<S> key = 0;
+  std::uint32_t last_id = UINT32_MAX;
+  template <class T>
+  DISTILL_HD bool keeps(const LossRow<S, T>& row, std::int64_t j) const {
+    const auto k = ordered_bits(readable_as<S>(row.teacher[j]));
+    return k > key || (k == key && std::uint32_t(row.first + j) <= last_id);
+  }
+};
+
+template <class S, class T>
+struct TeacherCounts {  // one per entry
+  const LossRow<S, T>& row;
+  template <class Visit>
+  DISTILL_HD void each(int lane, int lanes, Visit&& visit) const {
+    for (std::int64_t j = lane; j < row.columns; j += lanes) visit(ordered_bits(readable_as<S>(row.teacher[j])), S(1));
+  }
+};
+template <class S, class T>
+struct TieCounts {  // one per entry that equals the k-th largest; a smaller id is a larger key
+  const LossRow<S, T>& row;
+  OrderedBits<S> key;
+  template <class Visit>
+  DISTILL_HD void each(int lane, int lanes, Visit&& visit) const {
+    for (std::int64_t j = lane; j < row.columns; j += lanes)
+      if (ordered_bits(readable_as<S>(row.teacher[j])) == key) visit(~std::uint32_t(row.first + j), S(1));
+  }
+};
+
+template <class Team, class S, class T>
+DISTILL_HD TopkCut<S> find_topk(Team team, const LossRow<S, T>& row, int k) {
+  const auto value = find_threshold<OrderedBits<S>, S>(team, TeacherCounts<S, T>{row}, S(k) - S(0.5));
+  const auto id = find_threshold<std::uint32_t, S>(team, TieCounts<S, T>{row, value.key}, S(k) - value.above - S(0.5));
+  return {value.key, ~id.key};
+}
+
+// --- the outcomes that D compares: the whole vocabulary or S, and perhaps a bucket for the rest
+
+template <class S, class T>
+struct Outcomes {
+  CentredRow<S, T> x;
+  TopkCut<S> cut = {};
+  bool is_cut = false, has_bucket = false;
+  S bucket_a = 0, bucket_b = 0;  // log Σ exp over the rest
+  S log_zs = 0, log_zt = 0;      // log Σ exp(a), log Σ exp(b) over the outcomes
+
+  // The bucket comes after the columns, and counts once: where column 0 is.
+  DISTILL_HD std::int64_t size() const { return x.row.columns + (has_bucket && x.row.first == 0); }
+  DISTILL_HD bool has(std::int64_t j) const { return !is_cut || j >= x.row.columns || cut.keeps(x.row, j); }
+  DISTILL_HD S a(std::int64_t j) const { return j < x.row.columns ? x.a(j) : bucket_a; }
+  DISTILL_HD S b(std::int64_t j) const { return j < x.row.columns ? x.b(j) : bucket_b; }
+  DISTILL_HD Outcome<S> at(std::int64_t j) const {
+    const S aj = a(j), bj = b(j);
+    return {aj - log_zs, bj - log_zt, (bj - aj) + (log_zs - log_zt)};
+  }
+};
+
+// log Σ exp of both sides over the entries that are kept (or, for the bucket, those that are not): two more small
+// passes.
+template <class S>
+struct LogSums {
+  S student = 0, teacher = 0, kept_mass = 0;  // kept_mass: Σ exp(b) of the kept
+};
+
+template <class Team, class S, class T>
+DISTILL_HD LogSums<S> cut_log_sums(Team team, const CentredRow<S, T>& x, const TopkCut<S>& cut, bool kept) {
+  using std::exp, std::log;
+  constexpr S lowest = std::numeric_limits<S>::lowest();
+  S most_a = lowest, most_b = lowest;
+  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
+    if (cut.keeps(x.row, j) != kept) continue;
+    if (x.a(j) > most_a) most_a = x.a(j);
+    if (x.b(j) > most_b) most_b = x.b(j);
+  }
+  most_a = team.max(most_a);
+  most_b = team.max(most_b);
+  LongSum<S> student, teacher;
+  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
+    if (cut.keeps(x.row, j) != kept) continue;
+    student.add(exp(x.a(j) - most_a));
+    teacher.add(exp(x.b(j) - most_b));
+  }
+  const S sum_s = team.sum(student.value()), sum_t = team.sum(teacher.value());
+  return {most_a + log(sum_s), most_b + log(sum_t), exp(most_b) * sum_t};
+}
+
+// --- what a divergence must know of the position before its sums: only adaptive_kl does
+
+template <class Team, class S, class T, class Divergence>
+DISTILL_HD Divergence settled(Team, const Outcomes<S, T>&, const Divergence& divergence) {
+  return divergence;
+}
+
+// The mass of q by distance from the largest: the larger the distance b ↦ |b|, the smaller q.
+template <class S, class T>
+struct TeacherMass {
+  const Outcomes<S, T>& outcomes;
+  DISTILL_HD static OrderedBits<S> key(S b) { return ordered_bits(-b); }
+  template <class Visit>
+  DISTILL_HD void each(int lane, int lanes, Visit&& visit) const {
+    using std::exp;
+    for (std::int64_t j = lane; j < outcomes.size(); j += lanes)
+      if (outcomes.has(j)) visit(key(outcomes.b(j)), exp(outcomes.b(j) - outcomes.log_zt));
+  }
+};
+
+// The head is what is left when the smallest q are taken away as long as they sum to at most α; equal q share one side.
+template <class Team, class S, class T>
+DISTILL_HD AdaptiveKl settled(Team team, const Outcomes<S, T>& outcomes, const AdaptiveKl& divergence) {
+  const auto head = find_threshold<OrderedBits<S>, S>(team, TeacherMass<S, T>{outcomes}, S(divergence.alpha));
+  LongSum<S> head_gap, tail_gap;  // Σ |q − p|
+  for (std::int64_t j = team.lane(); j < outcomes.size(); j += team.lanes()) {
+    if (!outcomes.has(j)) continue;
+    const Outcome<S> y = outcomes.at(j);
+    const S gap = y.q > y.p ? y.q - y.p : y.p - y.q;
+    (TeacherMass<S, T>::key(outcomes.b(j)) > head.key ? tail_gap : head_gap).add(gap);
+  }
+  const double g_head = double(team.sum(head_gap.value())), g_tail = double(team.sum(tail_gap.value()));
+  AdaptiveKl weighted = divergence;
+  weighted.head_weight = g_head + g_tail < 1e-12 ? 0.5 : g_head / (g_head + g_tail);
+  weighted.tail_weight = 1 - weighted.head_weight;
+  return weighted;
+}
+
+// --- pass 3: the divergence
+
+template <class S>
+struct DivergenceSums {
+  S value = 0, slope = 0;
+};
+
+template <class Team, class S, class T, class Divergence>
+DISTILL_HD DivergenceSums<S> divergence_sums(Team team, const Outcomes<S, T>& outcomes, const Divergence& divergence) {
+  LongSum<S> value, slope;
+  for (std::int64_t j = team.lane(); j < outcomes.size(); j += team.lanes()) {
+    if (!outcomes.has(j)) continue;
+    const Outcome<S> y = outcomes.at(j);
+    value.add(divergence.value(y));
+    slope.add(divergence.slope(y));
+  }
+  return {team.sum(value.value()), team.sum(slope.value())};
+}
+
+// --- pass 4: the gradient, scale · ∂((1−w) CE + w D)/∂s; padding columns get 0
+
+template <class Team, class G, class S, class T>
+DISTILL_HD void zero_padding(Team team, G* dlogits, const LossRow<S, T>& row) {
+  for (std::int64_t j = row.columns + team.lane(); j < row.padded; j += team.lanes()) dlogits[j] = G(0.0f);
+}
+
+// (1−w) scale (softmax(s) − [j = label])
+template <class S, class T>
+DISTILL_HD S cross_entropy_gradient(const CentredRow<S, T>& x, S log_plain, S weight, std::int64_t j) {
+  using std::exp;
+  return weight * (exp(x.plain(j) - log_plain) - S(x.row.first + j == x.row.label));
+}
+
+template <class Team, class G, class S, class T, class Divergence>
+DISTILL_HD void row_gradient(Team team, G* dlogits, const Outcomes<S, T>& outcomes, const Divergence& divergence,
+                             S slope_sum, S log_plain, const LossSpec& spec, S scale) {
+  using std::exp;
+  const CentredRow<S, T>& x = outcomes.x;
+  const S ce_weight = scale * (S(1) - S(spec.distill_weight)), weight = scale * S(spec.distill_weight) * x.inverse_t;
+  S rest = 0;  // of an entry in the bucket: gradient over exp(a)
+  if (outcomes.has_bucket) {
+    const Outcome<S> bucket = outcomes.at(x.row.columns);
+    rest = divergence.slope(bucket) - bucket.p * slope_sum;
+  }
+  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
+    S g = 0;
+    if (outcomes.has(j)) {
+      const Outcome<S> y = outcomes.at(j);
+      g = divergence.slope(y) - y.p * slope_sum;
+    } else if (outcomes.has_bucket) {
+      g = rest * exp(x.a(j) - outcomes.bucket_a);
+    }
+    dlogits[j] = G(weight * g + cross_entropy_gradient(x, log_plain, ce_weight, j));
+  }
+  zero_padding(team, dlogits, x.row);
+}
+
+// --- one position
+
+// terms: LossTerms::count values. dlogits: row.padded columns.
+template <class Team, class G, class S, class T, class Divergence>
+DISTILL_HD void distill_row(Team team, G* dlogits, S* terms, const LossRow<S, T>& row, const Divergence& divergence,
+                            const LossSpec& spec, S scale) {
+  using std::log;
+  const CentredRow<S, T> x(row, row_maxima(team, row), spec);
+  const SoftmaxSums<S> sums = row_sums(team, x);
+  const S log_plain = log(sums.plain), log_zs = log(sums.student);
+  S distance = 0, teacher_entropy = 0, topk_mass = 1;
+
+  if (!row.teacher) {
+    const S weight = scale * (S(1) - S(spec.distill_weight));
+    for (std::int64_t j = team.lane(); j < row.columns; j += team.lanes())
+      dlogits[j] = G(cross_entropy_gradient(x, log_plain, weight, j));
+    zero_padding(team, dlogits, row);
+  } else {
+    const S log_zt = log(sums.teacher);
+    teacher_entropy = log_zt - sums.teacher_dot / sums.teacher;
+    Outcomes<S, T> outcomes{x};
+    outcomes.log_zs = log_zs;
+    outcomes.log_zt = log_zt;
+    if (spec.topk > 0 && spec.topk < spec.vocabulary) {
+      outcomes.is_cut = true;
+      outcomes.cut = find_topk(team, row, spec.topk);
+      const LogSums<S> kept = cut_log_sums(team, x, outcomes.cut, true);
+      topk_mass = kept.kept_mass / sums.teacher;
+      if (spec.topk_mode == TopkMode::renormalize) {
+        outcomes.log_zs = kept.student;
+        outcomes.log_zt = kept.teacher;
+      } else {
+        const LogSums<S> rest = cut_log_sums(team, x, outcomes.cut, false);
+        outcomes.has_bucket = true;
+        outcomes.bucket_a = rest.student;
+        outcomes.bucket_b = rest.teacher;
+      }
+    }
+    const Divergence d = settled(team, outcomes, divergence);
+    const DivergenceSums<S> total = divergence_sums(team, outcomes, d);
+    // A NaN that the cut left out must still be seen.
+    distance = total.value + S(0) * (teacher_entropy + log_zs);
+    row_gradient(team, dlogits, outcomes, d, total.slope, log_plain, spec, scale);
+  }
+  if (team.lane() != 0) return;
+  terms[LossTerms::cross_entropy] = log_plain - sums.label;
+  terms[LossTerms::divergence] = distance;
+  terms[LossTerms::student_entropy] = log_zs - sums.student_dot / sums.student;
+  terms[LossTerms::teacher_entropy] = teacher_entropy;
+  terms[LossTerms::top1_agreement] = sums.agreements > S(0) ? S(1) : S(0);
+  terms[LossTerms::topk_mass] = topk_mass;
+}
+
+}  // namespace distill

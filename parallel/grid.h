@@ -1,0 +1,55 @@
+// Who does what: from the number of ranks, the node of each and the sizes of the grid to a role and coordinates for
+// every rank. Pure functions; every rank computes the same.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/communicator.h"
+
+namespace distill {
+
+enum class Role { student, teacher, both };  // both: a world of one plays the two in turn
+std::string_view name_of(Role role);
+inline bool is_student(Role role) { return role != Role::teacher; }
+inline bool is_teacher(Role role) { return role != Role::student; }
+
+struct GridSizes {
+  int tp = 1, pp = 1, dp = 1;
+};
+
+// Where a rank stands. Coordinates are those within its role; partners have equal ones.
+struct Place {
+  Role role = Role::student;
+  int tp_rank = 0, dp_rank = 0, pp_rank = 0;
+  int node = 0;
+  int partner =
+      -1;  // world rank of the teacher of a student and the other way round; itself for both, −1 without teacher
+};
+
+struct Grid {
+  GridSizes sizes;
+  std::vector<Place> places;  // by world rank
+};
+
+// nodes: the node of each rank, any numbers. tp and pp are given, dp follows: ranks of a role / (tp·pp). With a teacher
+// the first half of each node's ranks are students and the second half teachers. Grid order, fastest first: tp, dp, pp.
+// A count that does not fit is an input error that says what to start instead.
+Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher);
+
+// The nodes of a world.
+std::vector<int> nodes_of(const Communicator& world);
+
+// A small table of it, a line per rank. hosts: by world rank, or empty.
+std::string describe(const Grid& grid, std::span<const std::string> hosts = {});
+
+// The groups that this rank takes part in. Every rank of world calls it.
+struct Groups {
+  std::unique_ptr<Communicator> role;  // all students, or all teachers
+  std::unique_ptr<Communicator> tp, dp, pp;
+};
+Groups make_groups(Communicator& world, const Grid& grid);
+
+}  // namespace distill

@@ -1,0 +1,117 @@
+#include "parallel/liveness.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "core/error.h"
+
+namespace distill {
+
+namespace {
+
+using namespace std::chrono_literals;
+
+std::uint64_t own_pid_space() {
+  struct stat info {};
+  return stat("/proc/self/ns/pid", &info) == 0 ? info.st_ino : 0;
+}
+
+}  // namespace
+
+LifeSign& LifeSign::sign() {
+  pid_space.store(own_pid_space(), std::memory_order_relaxed);
+  pid.store(getpid(), std::memory_order_relaxed);
+  beats.fetch_add(1, std::memory_order_release);
+  return *this;
+}
+
+Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  return *this;
+}
+
+Descriptor::~Descriptor() {
+  if (fd_ >= 0) close(fd_);
+}
+
+Heart::Heart(LifeSign& sign, std::chrono::milliseconds period) : wake_(eventfd(0, EFD_CLOEXEC)) {
+  check(bool(wake_), "eventfd: ", std::strerror(errno));
+  // Signals are for the threads that handle them.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, &before);
+  thread_ = std::thread([&sign, period, fd = wake_.get()] {
+    pollfd stop{fd, POLLIN, 0};
+    do sign.beats.fetch_add(1, std::memory_order_relaxed);
+    while (poll(&stop, 1, int(period.count())) <= 0);
+  });
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+Heart::~Heart() {
+  const std::uint64_t one = 1;
+  while (write(wake_.get(), &one, sizeof one) < 0 && errno == EINTR) {
+  }
+  thread_.join();
+}
+
+PeerWatch::PeerWatch(const LifeSign& sign)
+    : sign_(&sign),
+      pid_(sign.pid.load(std::memory_order_relaxed)),
+      same_pid_space_(sign.pid_space.load(std::memory_order_relaxed) == own_pid_space()),
+      process_(same_pid_space_ ? int(syscall(SYS_pidfd_open, pid_, 0)) : -1),
+      last_(std::chrono::steady_clock::now()) {}
+
+bool PeerWatch::ended() const {
+  if (process_) {
+    pollfd end{process_.get(), POLLIN, 0};
+    return poll(&end, 1, 0) > 0;
+  }
+  return same_pid_space_ && kill(pid_t(pid_), 0) != 0 && errno == ESRCH;
+}
+
+std::string PeerWatch::trouble(std::chrono::milliseconds dead_after) {
+  if (ended()) return "is gone: its process ended";
+  const auto now = std::chrono::steady_clock::now();
+  const std::uint64_t beats = sign_->beats.load(std::memory_order_relaxed);
+  if (beats != beats_)
+    silent_ = {};
+  else
+    silent_ += std::min<std::chrono::steady_clock::duration>(now - last_, 250ms);
+  beats_ = beats;
+  last_ = now;
+  if (silent_ < dead_after) return {};
+  return text("has shown no sign of life for ", std::chrono::duration<double>(silent_).count(),
+              " s (stopped, or its node hangs; peer_dead_after)");
+}
+
+NodeLives::NodeLives(std::shared_ptr<std::byte> signs, std::size_t mine)
+    : signs_(std::move(signs)), heart_(at(mine).sign()) {}
+
+LifeSign& NodeLives::at(std::size_t index) const {
+  return std::launder(reinterpret_cast<LifeSign*>(signs_.get()))[index];
+}
+
+void NodeLives::watch(int world_rank, std::size_t index) {
+  const std::lock_guard lock(mutex_);
+  watches_.emplace(world_rank, PeerWatch(at(index)));
+}
+
+std::string NodeLives::trouble(int world_rank, std::chrono::milliseconds dead_after) {
+  const std::lock_guard lock(mutex_);
+  const auto found = watches_.find(world_rank);
+  return found == watches_.end() ? std::string() : found->second.trouble(dead_after);
+}
+
+}  // namespace distill

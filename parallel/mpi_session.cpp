@@ -1,0 +1,400 @@
+#include <mpi.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <iostream>
+#include <utility>
+#include <vector>
+
+#include "parallel/parallel.h"
+#include "parallel/reduce.h"
+#include "parallel/shared_group.h"
+#include "parallel/shared_segment.h"
+#include "parallel/wait.h"
+
+namespace distill {
+
+namespace {
+
+std::string mpi_message(int code) {
+  char message[MPI_MAX_ERROR_STRING] = "";
+  int length = 0;
+  MPI_Error_string(code, message, &length);
+  return {message, std::size_t(length)};
+}
+
+void check_mpi(int code, const char* call) {
+  if (code != MPI_SUCCESS) fail(call, ": ", mpi_message(code));
+}
+
+std::size_t bytes_of(const ConstView& x) { return std::size_t(x.size()) * size_of(x.dtype); }
+
+// Owns a communicator whose errors come back as codes.
+class Comm {
+ public:
+  explicit Comm(MPI_Comm comm) : comm_(comm) {
+    check_mpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  }
+  Comm(Comm&& other) noexcept : comm_(std::exchange(other.comm_, MPI_COMM_NULL)) {}
+  ~Comm() {
+    if (comm_ != MPI_COMM_NULL) MPI_Comm_free(&comm_);
+  }
+  MPI_Comm get() const { return comm_; }
+
+ private:
+  MPI_Comm comm_;
+};
+
+// What the groups of a session share.
+struct Node {
+  std::shared_ptr<GroupMemory> memory = segment_memory();
+  std::shared_ptr<NodeLives> lives;  // null until the session has them
+};
+
+// A group that talks through MPI messages. Every operation posts all it has to send and to receive and naps until that
+// is done, so it is always known who has not answered.
+class MessageGroup final : public Communicator {
+ public:
+  enum class Within { shared, messages };  // what groups split off within one node use
+
+  MessageGroup(std::string name, int rank, std::vector<Member> members, const Patience& patience, Comm comm,
+               std::shared_ptr<Node> node, std::size_t longest_message, Within within)
+      : Communicator(std::move(name), rank, std::move(members), patience),
+        comm_(std::move(comm)),
+        node_(std::move(node)),
+        longest_message_(longest_message),
+        within_(within) {}
+
+ private:
+  enum Tag { pair_tag, group_tag };
+  static constexpr std::int64_t part_bytes = 1 << 20;  // of what one rank reduces at a time
+
+  struct Pending {
+    MPI_Request request;
+    int peer, bytes;
+    bool is_receive;
+  };
+
+  class WaitForPending final : public Awaited {
+   public:
+    WaitForPending(const MessageGroup& group, const char* call) : group_(group), call_(call) {}
+    std::string self() const override { return name_of(group_.members()[std::size_t(group_.rank())]); }
+    std::string whom() const override { return name_of(member()); }
+    std::string purpose() const override { return text(call_, " of ", group_.name()); }
+    std::string trouble() override {
+      if (!group_.node_->lives) return {};
+      return group_.node_->lives->trouble(member().world_rank, group_.patience().peer_dead_after);
+    }
+
+   private:
+    const Member& member() const { return group_.members()[std::size_t(group_.pending_.back().peer)]; }
+    const MessageGroup& group_;
+    const char* call_;
+  };
+
+  // Messages are cut at longest_message: counts of MPI 3 are int.
+  void post(bool is_receive, void* data, std::size_t bytes, int peer, Tag tag) {
+    std::size_t first = 0;
+    do {  // once for an empty message, which a barrier is made of
+      const int piece = int(std::min(longest_message_, bytes - first));
+      std::byte* const at = static_cast<std::byte*>(data) + first;
+      Pending pending{MPI_REQUEST_NULL, peer, piece, is_receive};
+      if (is_receive)
+        check_mpi(MPI_Irecv(at, piece, MPI_BYTE, peer, tag, comm_.get(), &pending.request), "MPI_Irecv");
+      else
+        check_mpi(MPI_Isend(at, piece, MPI_BYTE, peer, tag, comm_.get(), &pending.request), "MPI_Isend");
+      pending_.push_back(pending);
+      first += std::size_t(piece);
+    } while (first < bytes);
+  }
+  void post_send(const void* data, std::size_t bytes, int to, Tag tag) {
+    post(false, const_cast<void*>(data), bytes, to, tag);
+  }
+  void post_receive(void* data, std::size_t bytes, int from, Tag tag) { post(true, data, bytes, from, tag); }
+
+  // Drops what is done from the end of the list; true when nothing is left.
+  bool progress() {
+    while (!pending_.empty()) {
+      Pending& last = pending_.back();
+      int done = 0;
+      MPI_Status status;
+      const int code = MPI_Test(&last.request, &done, &status);
+      if (code != MPI_SUCCESS)
+        fail(name(), ": rank ", rank(), last.is_receive ? " receives " : " sends ", last.bytes,
+             last.is_receive ? " bytes from" : " bytes to", " rank ", last.peer, ": ", mpi_message(code));
+      if (!done) return false;
+      if (last.is_receive) {
+        int bytes = 0;
+        check_mpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count");
+        check(bytes == last.bytes, name(), ": rank ", rank(), " receives ", last.bytes, " bytes where rank ", last.peer,
+              " sends ", bytes);
+      }
+      pending_.pop_back();
+    }
+    return true;
+  }
+
+  void finish(const char* call) {
+    WaitForPending who(*this, call);
+    try {
+      wait_until([this] { return progress(); }, patience(), who);
+    } catch (...) {
+      for (Pending& pending : pending_) {  // the memory of these messages may be about to go
+        MPI_Cancel(&pending.request);
+        MPI_Request_free(&pending.request);
+      }
+      pending_.clear();
+      throw;
+    }
+  }
+
+  void do_all_reduce(View x, Reduce op) override {
+    const std::int64_t width = std::int64_t(size_of(x.dtype)), n = size(), longest = part_bytes / width;
+    std::byte* const data = static_cast<std::byte*>(x.mutable_data());
+    for (std::int64_t first = 0; first < x.size(); first += n * longest) {
+      // Rank p reduces part p of this piece and gives it to all.
+      const std::int64_t piece = std::min(n * longest, x.size() - first), part = (piece + n - 1) / n;
+      const auto begin = [&](int p) { return data + (first + std::min(p * part, piece)) * width; };
+      const auto length = [&](int p) { return begin(p + 1) - begin(p); };  // bytes
+      receive_parts(std::size_t(length(rank())));
+      for (const int p : others()) post_send(begin(p), std::size_t(length(p)), p, group_tag);
+      finish("all_reduce");
+      reduce_parts(begin(rank()), begin(rank()), length(rank()) / width, x.dtype, op);
+      for (const int p : others()) post_receive(begin(p), std::size_t(length(p)), p, group_tag);
+      for (const int p : others()) post_send(begin(rank()), std::size_t(length(rank())), p, group_tag);
+      finish("all_reduce");
+    }
+  }
+
+  void do_reduce_scatter(View mine, const ConstView& all, Reduce op) override {
+    const std::int64_t width = std::int64_t(size_of(mine.dtype)), longest = part_bytes / width;
+    const std::byte* const data = static_cast<const std::byte*>(all.data);
+    std::byte* const out = static_cast<std::byte*>(mine.mutable_data());
+    for (std::int64_t first = 0; first < mine.size(); first += longest) {
+      const std::int64_t part = std::min(longest, mine.size() - first);
+      const auto source = [&](int p) { return data + (p * mine.size() + first) * width; };
+      receive_parts(std::size_t(part * width));
+      for (const int p : others()) post_send(source(p), std::size_t(part * width), p, group_tag);
+      finish("reduce_scatter");
+      reduce_parts(out + first * width, source(rank()), part, mine.dtype, op);
+    }
+  }
+
+  // Values of the others for this rank to reduce: received_ by rank.
+  void receive_parts(std::size_t bytes) {
+    received_.resize(bytes * std::size_t(size()));
+    for (const int p : others()) post_receive(received_.data() + std::size_t(p) * bytes, bytes, p, group_tag);
+  }
+  void reduce_parts(std::byte* out, const std::byte* own, std::int64_t count, DType dtype, Reduce op) {
+    const std::size_t bytes = std::size_t(count) * size_of(dtype);
+    parts_.resize(std::size_t(size()));
+    for (int r = 0; r < size(); ++r)
+      parts_[std::size_t(r)] = r == rank() ? own : received_.data() + std::size_t(r) * bytes;
+    reduce_in_order(out, parts_, count, dtype, op);
+  }
+
+  void do_all_gather(View all, const ConstView& mine) override {
+    do_all_gather_bytes(all.mutable_data(), mine.data, bytes_of(mine));
+  }
+  void do_broadcast(View x, int root) override { do_broadcast_bytes(x.mutable_data(), bytes_of(x), root); }
+  void do_barrier() override { exchange(nullptr, nullptr, 0, "barrier"); }
+
+  void do_all_gather_bytes(void* all, const void* mine, std::size_t bytes) override {
+    std::memmove(static_cast<std::byte*>(all) + std::size_t(rank()) * bytes, mine, bytes);
+    exchange(all, mine, bytes, "all_gather");
+  }
+  void exchange(void* all, const void* mine, std::size_t bytes, const char* call) {
+    for (const int p : others())
+      post_receive(static_cast<std::byte*>(all) + std::size_t(p) * bytes, bytes, p, group_tag);
+    for (const int p : others()) post_send(mine, bytes, p, group_tag);
+    finish(call);
+  }
+
+  void do_broadcast_bytes(void* x, std::size_t bytes, int root) override {
+    if (rank() != root)
+      post_receive(x, bytes, root, group_tag);
+    else
+      for (const int p : others()) post_send(x, bytes, p, group_tag);
+    finish("broadcast");
+  }
+
+  void do_send(const ConstView& x, int to) override {
+    post_send(x.data, bytes_of(x), to, pair_tag);
+    finish("send");
+  }
+  void do_recv(View x, int from) override {
+    post_receive(x.mutable_data(), bytes_of(x), from, pair_tag);
+    finish("recv");
+  }
+
+  std::unique_ptr<Communicator> do_split(const std::vector<int>& parents, int group, std::string name) override {
+    const bool shared =
+        parents.size() == 1 || (within_ == Within::shared && std::all_of(parents.begin(), parents.end(), [&](int r) {
+                                  return members()[std::size_t(r)].node == members()[std::size_t(parents.front())].node;
+                                }));
+    auto near = make_shared_group(*this, shared ? parents : std::vector<int>{}, name, node_->lives, node_->memory);
+    const auto found = std::find(parents.begin(), parents.end(), rank());
+    const int new_rank = shared ? -1 : int(found - parents.begin());
+    MPI_Comm comm = MPI_COMM_NULL;
+    check_mpi(MPI_Comm_split(comm_.get(), shared || parents.empty() ? MPI_UNDEFINED : group, new_rank, &comm),
+              "MPI_Comm_split");
+    if (comm == MPI_COMM_NULL) return near;
+    std::vector<Member> chosen;
+    for (const int r : parents) chosen.push_back(members()[std::size_t(r)]);
+    return std::make_unique<MessageGroup>(std::move(name), new_rank, std::move(chosen), patience(), Comm(comm), node_,
+                                          longest_message_, within_);
+  }
+
+  // The other ranks, starting after this one, so that not everybody sends to rank 0 first.
+  std::vector<int> others() const {
+    std::vector<int> ranks;
+    for (int i = 1; i < size(); ++i) ranks.push_back((rank() + i) % size());
+    return ranks;
+  }
+
+  Comm comm_;
+  std::shared_ptr<Node> node_;
+  std::size_t longest_message_;
+  Within within_;
+  std::vector<Pending> pending_;
+  std::vector<std::byte> received_;
+  std::vector<const void*> parts_;
+};
+
+std::string host_name() {
+  char name[256] = "";
+  return gethostname(name, sizeof name - 1) == 0 ? name : "unknown host";
+}
+
+// Number of this rank's node: nodes are counted in the order of their lowest ranks.
+int node_number(int rank, int ranks) {
+  MPI_Comm node = MPI_COMM_NULL;
+  check_mpi(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &node),
+            "MPI_Comm_split_type");
+  const Comm owned(node);
+  int lowest = rank;
+  check_mpi(MPI_Bcast(&lowest, 1, MPI_INT, 0, node), "MPI_Bcast");
+  std::vector<int> all(std::size_t(ranks), 0);
+  check_mpi(MPI_Allgather(&lowest, 1, MPI_INT, all.data(), 1, MPI_INT, MPI_COMM_WORLD), "MPI_Allgather");
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  return int(std::lower_bound(all.begin(), all.end(), lowest) - all.begin());
+}
+
+// Signs of life of all ranks of this node, in memory they share. Every rank of world calls it.
+std::shared_ptr<NodeLives> start_lives(Communicator& world, GroupMemory& memory) {
+  std::vector<int> here;  // ranks of this node
+  for (int r = 0; r < world.size(); ++r)
+    if (world.members()[std::size_t(r)].node == world.members()[std::size_t(world.rank())].node) here.push_back(r);
+  const bool is_maker = here.front() == world.rank();
+  const std::size_t bytes = here.size() * sizeof(LifeSign);
+  const std::size_t mine = std::size_t(std::find(here.begin(), here.end(), world.rank()) - here.begin());
+  GroupMemory::Block block;
+  std::string ticket;
+  world.run_together([&] {
+    if (is_maker) block = memory.make(bytes, "the table of ranks", ticket);
+  });
+  const std::vector<std::string> tickets = world.all_gather(ticket);
+  std::shared_ptr<NodeLives> lives;
+  world.run_together([&] {
+    if (!is_maker) block = memory.attach(tickets[std::size_t(here.front())], bytes);
+    lives = std::make_shared<NodeLives>(block, mine);
+  });
+  if (is_maker) memory.seal(ticket);
+  for (std::size_t i = 0; i < here.size(); ++i)
+    if (i != mine) lives->watch(here[i], i);
+  return lives;
+}
+
+}  // namespace
+
+struct MpiSession::State {
+  std::vector<Member> members;
+  std::shared_ptr<Node> node = std::make_shared<Node>();
+  std::unique_ptr<Communicator> world;
+  int exceptions_at_start = 0;
+};
+
+MpiSession::MpiSession(int& argc, char**& argv) : state_(std::make_unique<State>()) {
+  state_->exceptions_at_start = std::uncaught_exceptions();
+  int provided = 0;
+  check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
+  check(provided >= MPI_THREAD_SERIALIZED, "this MPI library does not let threads take turns (MPI_THREAD_SERIALIZED)");
+  check_mpi(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  int rank = 0, ranks = 0;
+  check_mpi(MPI_Comm_rank(MPI_COMM_WORLD, &rank), "MPI_Comm_rank");
+  check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &ranks), "MPI_Comm_size");
+  Member me{rank, ranks > 1 ? node_number(rank, ranks) : 0, host_name(), getpid()};
+  state_->members = {me};
+  if (ranks == 1) {
+    state_->world = std::make_unique<Alone>("world", me);
+    return;
+  }
+
+  state_->members.assign(std::size_t(ranks), me);  // until they are known
+  const auto first = messages("world");
+  const int numbers[2] = {me.node, int(me.pid)};
+  const std::string packed(reinterpret_cast<const char*>(numbers), sizeof numbers);
+  const std::vector<std::string> all = first->all_gather(packed + me.host);
+  for (int r = 0; r < ranks; ++r) {
+    const std::string& from = all[std::size_t(r)];
+    int other[2];
+    std::memcpy(other, from.data(), sizeof other);
+    state_->members[std::size_t(r)] = {r, other[0], from.substr(sizeof other), other[1]};
+  }
+  auto named = messages("world");
+  state_->node->lives = start_lives(*named, *state_->node->memory);
+  const bool one_node =
+      std::all_of(state_->members.begin(), state_->members.end(), [](const Member& m) { return m.node == 0; });
+  std::vector<int> everybody;
+  for (int r = 0; r < ranks; ++r) everybody.push_back(r);
+  state_->world = one_node ? make_shared_group(*named, everybody, "world", state_->node->lives, state_->node->memory)
+                           : std::move(named);
+}
+
+MpiSession::~MpiSession() {
+  if (std::uncaught_exceptions() > state_->exceptions_at_start) MPI_Abort(MPI_COMM_WORLD, int(ExitCode::internal));
+  try {
+    state_->world->barrier();  // MPI_Finalize would burn the core while it waits
+  } catch (const std::exception& error) {
+    std::cerr << text(error.what(), "\n");
+    MPI_Abort(MPI_COMM_WORLD, int(ExitCode::peer_lost));
+  }
+  state_.reset();
+  MPI_Finalize();
+}
+
+Communicator& MpiSession::world() { return *state_->world; }
+
+std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t longest_message) {
+  check(longest_message > 0 && longest_message <= std::size_t(INT_MAX), "messages of ", longest_message, " bytes");
+  MPI_Comm comm = MPI_COMM_NULL;
+  check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
+  int rank = 0;
+  check_mpi(MPI_Comm_rank(comm, &rank), "MPI_Comm_rank");
+  const bool is_extra = state_->world != nullptr;  // the world itself uses messages only where it must
+  return std::make_unique<MessageGroup>(
+      std::move(name), rank, state_->members, is_extra ? state_->world->patience() : Patience{}, Comm(comm),
+      state_->node, longest_message, is_extra ? MessageGroup::Within::messages : MessageGroup::Within::shared);
+}
+
+void MpiSession::abort_all(int code) {
+  std::cout << std::flush;
+  std::cerr << std::flush;
+  MPI_Abort(MPI_COMM_WORLD, code);
+  std::_Exit(code);
+}
+
+std::string MpiSession::library_version() {
+  char version[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  MPI_Get_library_version(version, &length);
+  const std::string all(version, std::size_t(length));
+  return all.substr(0, all.find(','));  // what follows the first comma says who packaged it
+}
+
+}  // namespace distill

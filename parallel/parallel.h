@@ -1,0 +1,53 @@
+// What the application sees of this folder: groups of ranks over MPI or threads, and the logits channel between two of
+// them. See README.md.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "core/communicator.h"
+#include "core/train/logits_channel.h"
+
+namespace distill {
+
+// MPI from its start to its end; one per process, first thing in main. Works without mpirun, as a world of one. Groups
+// of ranks on one node talk through shared memory, others through messages.
+class MpiSession {
+ public:
+  MpiSession(int& argc, char**& argv);
+  ~MpiSession();  // waits for the other ranks, unless this one leaves by an exception: then it ends them
+  MpiSession(const MpiSession&) = delete;
+  MpiSession& operator=(const MpiSession&) = delete;
+
+  Communicator& world();
+  // A group of all ranks that uses messages even within a node, none longer than longest_message bytes.
+  std::unique_ptr<Communicator> messages(std::string name, std::size_t longest_message = std::size_t(1) << 30);
+  // Ends all ranks now with this exit code.
+  [[noreturn]] void abort_all(int code);
+  static std::string library_version();  // "Open MPI v4.1.4"
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Runs body on n ranks that are threads of this process, for debuggers and ThreadSanitizer. Where one throws, the
+// others end too and the first error is thrown.
+void run_ranks(int n, const std::function<void(Communicator& world)>& body, const Patience& patience = {});
+
+// Slots of the ring of a logits channel, one chunk of teacher logits each.
+struct ChannelShape {
+  std::int64_t positions = 0;  // most positions of a chunk
+  std::int64_t columns = 0;    // of the vocabulary shard, or hidden size
+  DType dtype = DType::f32;
+  int slots = 4;
+};
+
+// The logits channel between two ranks of one node: the teacher's memory is read in place by the student. Both call,
+// the student with the teacher's rank in group and the teacher with the student's, with the same shape. Too little
+// shared memory is an input error on both.
+std::unique_ptr<TeacherSource> open_shared_source(Communicator& group, int teacher, const ChannelShape& shape);
+std::unique_ptr<LogitsSink> open_shared_sink(Communicator& group, int student, const ChannelShape& shape);
+
+}  // namespace distill

@@ -1,0 +1,87 @@
+#include "parallel/shared_segment.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include "core/error.h"
+#include "parallel/liveness.h"
+
+namespace distill {
+
+namespace {
+
+std::byte* map(int fd, std::size_t bytes, const std::string& name) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  check(memory != MAP_FAILED, "cannot map ", bytes, " bytes of shared memory ", name, ": ", std::strerror(errno));
+  return static_cast<std::byte*>(memory);
+}
+
+// Free bytes of /dev/shm; the most there can be where it has no limit.
+std::uint64_t available_bytes() {
+  struct statvfs info {};
+  if (statvfs("/dev/shm", &info) != 0 || info.f_blocks == 0) return UINT64_MAX;
+  return std::uint64_t(info.f_bavail) * info.f_frsize;
+}
+
+}  // namespace
+
+SharedSegment SharedSegment::create(std::size_t bytes, const std::string& purpose) {
+  SharedSegment segment;
+  std::random_device random;
+  Descriptor file;
+  do {
+    segment.name_ = text("/distill-", getpid(), "-", random());
+    file = Descriptor(shm_open(segment.name_.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600));
+  } while (!file && errno == EEXIST);
+  check_input(bool(file), purpose, ": cannot make shared memory in /dev/shm: ", std::strerror(errno));
+  segment.is_linked_ = true;
+  const std::uint64_t available = available_bytes();
+  int error = bytes > available ? ENOSPC : EINTR;
+  while (error == EINTR) error = posix_fallocate(file.get(), 0, off_t(bytes));
+  check_input(error == 0, purpose, " needs ", bytes, " bytes of shared memory, /dev/shm has ", available,
+              " available (df /dev/shm): ", std::strerror(error));
+  segment.data_ = map(file.get(), bytes, segment.name_);
+  segment.size_ = bytes;
+  return segment;
+}
+
+SharedSegment SharedSegment::open(const std::string& name, std::size_t bytes) {
+  const Descriptor file(shm_open(name.c_str(), O_RDWR, 0));
+  check(bool(file), "cannot open shared memory ", name, " of another rank: ", std::strerror(errno),
+        " (ranks of one node must share /dev/shm)");
+  SharedSegment segment;
+  segment.name_ = name;
+  segment.data_ = map(file.get(), bytes, name);
+  segment.size_ = bytes;
+  return segment;
+}
+
+SharedSegment::SharedSegment(SharedSegment&& other) noexcept { *this = std::move(other); }
+
+SharedSegment& SharedSegment::operator=(SharedSegment&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  std::swap(name_, other.name_);
+  std::swap(is_linked_, other.is_linked_);
+  return *this;
+}
+
+SharedSegment::~SharedSegment() {
+  unlink();
+  if (data_ != nullptr) munmap(data_, size_);
+}
+
+void SharedSegment::unlink() {
+  if (is_linked_) shm_unlink(name_.c_str());
+  is_linked_ = false;
+}
+
+}  // namespace distill

@@ -1,0 +1,107 @@
+#include "apps/command_line.h"
+
+#include <catch2/catch.hpp>
+
+#include "core/error.h"
+#include "io/config_file.h"
+
+using namespace distill;
+
+namespace {
+
+using Words = std::vector<std::string>;
+
+CommandLine parse(const Words& words) {
+  return parse_command_line(words, [] { return std::string("distill 9.9"); });
+}
+
+std::string error_of(const Words& words) {
+  try {
+    parse(words);
+  } catch (const Error& e) {
+    CHECK(e.code() == ExitCode::bad_input);
+    return e.what();
+  }
+  return "no error";
+}
+
+}  // namespace
+
+TEST_CASE("training is what happens without a command") {
+  const CommandLine line =
+      parse({"--config", "x.yaml", "seed=1", "student.data_args.file_name=[a, b]", "exp_name=a=b"});
+  CHECK(line.command == Command::train);
+  CHECK(line.config == "x.yaml");
+  CHECK(line.overrides == Words{"seed=1", "student.data_args.file_name=[a, b]", "exp_name=a=b"});
+  CHECK(line.ranks == 0);
+}
+
+TEST_CASE("ways to name the configuration") {
+  CHECK(parse({"--config=x.yaml"}).config == "x.yaml");
+  CHECK(parse({"seed=1", "--config", "x.yaml"}).config == "x.yaml");
+  CHECK(parse({"--config-path", "dir", "--config-name", "run"}).config == "dir/run.yaml");
+  CHECK(parse({"--config_path", "dir", "--config_name", "run"}).config == "dir/run.yaml");
+  CHECK(parse({"--config-name", "run.yaml"}).config == "run.yaml");
+}
+
+TEST_CASE("options and overrides apply to a command wherever they stand") {
+  const std::vector<Words> orders = {{"check", "--config", "x.yaml", "--ranks", "4", "a=1", "b=2"},
+                                     {"--config", "x.yaml", "a=1", "check", "b=2", "--ranks", "4"},
+                                     {"--ranks", "4", "--config", "x.yaml", "a=1", "b=2", "check"},
+                                     {"a=1", "--ranks=4", "check", "--config=x.yaml", "b=2"}};
+  for (const Words& words : orders) {
+    const CommandLine line = parse(words);
+    CHECK(line.command == Command::check);
+    CHECK(line.config == "x.yaml");
+    CHECK(line.ranks == 4);
+    CHECK(line.overrides == Words{"a=1", "b=2"});
+  }
+  const CommandLine named_check = parse({"--config-name", "check"});
+  CHECK(named_check.command == Command::train);
+  CHECK(named_check.config == "check.yaml");
+}
+
+TEST_CASE("a time limit is an override that wins") {
+  CHECK(parse({"--config", "x.yaml", "--max-time", "3h55m", "max_time=1h"}).overrides ==
+        Words{"max_time=1h", "max_time=3h55m"});
+}
+
+TEST_CASE("help and version are texts to print") {
+  const CommandLine help = parse({"--help"});
+  CHECK(help.command == Command::print);
+  for (const char* part :
+       {"--config FILE", "--config-name", "--max-time", "--help-config", "--version", "check ",
+        "Examples:", "mpirun -np 2 distill --config run.yaml", "Exit codes:", "85  stopped by a signal"})
+    CHECK_THAT(help.output, Catch::Contains(part));
+  CHECK_THAT(parse({"check", "--help"}).output, Catch::Contains("--ranks N"));
+  CHECK(parse({"--version"}).output == "distill 9.9");
+  CHECK(parse({"--config", "x.yaml", "--version"}).command == Command::print);
+  CHECK(parse({"--help-config"}).output == config_help());
+}
+
+TEST_CASE("wrong command lines") {
+  CHECK(error_of({}) == "no configuration: expected --config FILE, or --config-path DIR --config-name NAME");
+  CHECK(error_of({"check"}) == "no configuration: expected --config FILE, or --config-path DIR --config-name NAME");
+  CHECK(error_of({"--config-path", "dir"}) == "--config-path dir without --config-name: expected both");
+  CHECK(error_of({"--config", "x.yaml", "--config-name", "y"}) ==
+        "--config and --config-path/--config-name are two ways to say the same: expected one of them");
+  CHECK(error_of({"chekc", "--config", "x.yaml"}) == "unknown command 'chekc': did you mean 'check'?");
+  CHECK(error_of({"--config", "x.yaml", "chekc"}) == "unknown command 'chekc': did you mean 'check'?");
+  CHECK(error_of({"train", "--config", "x.yaml"}) ==
+        "unknown command 'train': expected key=value or a command of distill --help");
+  CHECK(error_of({"check", "--config", "x.yaml", "seed"}) == "unexpected argument 'seed': expected key=value");
+  CHECK(error_of({"x.yaml"}) == "unexpected argument 'x.yaml': did you mean '--config x.yaml'?");
+  CHECK(error_of({"--confg", "x.yaml"}) == "unknown option '--confg': did you mean '--config'?");
+  CHECK(error_of({"check", "--config", "x.yaml", "--rank=3"}) == "unknown option '--rank=3': did you mean '--ranks'?");
+  CHECK(error_of({"--config", "x.yaml", "--student.infer_batch_size=3"}) ==
+        "unknown option '--student.infer_batch_size=3': distill --help lists all options; overrides are written "
+        "key=value");
+  CHECK(error_of({"--config", "x.yaml", "--ranks", "3"}) == "option '--ranks' belongs to 'distill check'");
+  CHECK(error_of({"check", "--config", "x.yaml", "--ranks", "0"}) ==
+        "command line: --ranks: Value 0 not in range 1 to 1048576; see distill --help");
+  CHECK(error_of({"check", "--config", "x.yaml", "--ranks", "many"}) ==
+        "command line: --ranks: Value many not in range 1 to 1048576; see distill --help");
+  CHECK(error_of({"--config"}) == "command line: --config: 1 required FILE missing; see distill --help");
+  CHECK(error_of({"--config", "a", "--config", "b"}) ==
+        "command line: --config: At Most 1 required but received 2; see distill --help");
+}

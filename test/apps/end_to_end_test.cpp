@@ -1,0 +1,298 @@
+// The program as a user runs it: train, distil on one rank and on two, stop, be killed, resume, and be told what is
+// wrong.
+#include <catch2/catch.hpp>
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include "test/support/process.h"
+#include "test/support/scratch_folder.h"
+
+using namespace distill::test;
+namespace fs = std::filesystem;
+
+namespace {
+
+std::string contents(const fs::path& file) {
+  std::ifstream in(file, std::ios::binary);
+  REQUIRE(in);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+// The column of a CSV file by its name, as text: equality is to the last digit.
+std::vector<std::string> column(const fs::path& csv, const std::string& name) {
+  std::istringstream lines(contents(csv));
+  const auto cells = [](const std::string& line) {
+    std::vector<std::string> out;
+    std::istringstream stream(line);
+    for (std::string cell; std::getline(stream, cell, ',');) out.push_back(cell);
+    return out;
+  };
+  std::string line;
+  std::getline(lines, line);
+  const auto names = cells(line);
+  const auto at = std::size_t(std::find(names.begin(), names.end(), name) - names.begin());
+  REQUIRE(at < names.size());
+  std::vector<std::string> values;
+  while (std::getline(lines, line)) {
+    const auto row = cells(line);
+    values.push_back(at < row.size() ? row[at] : "");
+  }
+  return values;
+}
+
+// A folder with a micro teacher and a micro student over the tokenizer of the quick start.
+class Workshop {
+ public:
+  Workshop() {
+    model("teacher", 32, 2, 4160);
+    model("student", 24, 1, 4096);
+    folder_.write("run.yaml", R"(
+student_pretrain: )" + path("student") +
+                                  R"(
+teacher_pretrain: )" + path("teacher-run/export") +
+                                  R"(
+output_dir: )" + path("") + R"(
+logging_dir: )" + path("logs") + R"(
+sequence_length: 64
+max_grad_norm: 1.0
+save_steps: 2
+eval_steps: 3
+max_steps: 6
+student:
+  model_args: {dtype: fp32}
+  data_args: {file_name: )" + path("train.jsonl") +
+                                  R"(}
+  training_args: {learning_rate: 1.0e-3, per_device_train_batch_size: 4, gradient_accumulation_steps: 2, warmup_steps: 2}
+teacher:
+  model_args: {dtype: fp32}
+validation:
+  data_args: {file_name: )" + path("validation.jsonl") +
+                                  R"(}
+)");
+    head("train.jsonl", 60);
+    head("validation.jsonl", 10);
+  }
+
+  std::string path(const std::string& name) const { return folder_.path(name); }
+
+  // distill with the arguments, on `ranks` ranks (0: without mpirun).
+  std::vector<std::string> command(std::vector<std::string> arguments, int ranks = 0) const {
+    std::vector<std::string> words{"OMP_NUM_THREADS=1"};
+    if (ranks > 0)
+      for (const char* word :
+           {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "OMPI_MCA_mpi_yield_when_idle=1", "mpirun",
+            "--oversubscribe", "--bind-to", "none", "-np"})
+        words.push_back(word);
+    if (ranks > 0) words.push_back(std::to_string(ranks));
+    words.push_back(DISTILL_PROGRAM);
+    words.insert(words.end(), arguments.begin(), arguments.end());
+    return words;
+  }
+  std::vector<std::string> training(const std::string& name, std::vector<std::string> overrides, int ranks = 0) const {
+    std::vector<std::string> arguments{"--config", path("run.yaml"), "exp_name=" + name};
+    arguments.insert(arguments.end(), overrides.begin(), overrides.end());
+    return command(arguments, ranks);
+  }
+  Process::Result train(const std::string& name, std::vector<std::string> overrides = {}, int ranks = 0) const {
+    return Process(training(name, std::move(overrides), ranks)).wait();
+  }
+  // A teacher to distil from: two steps from random weights.
+  void make_teacher() const {
+    const auto result =
+        train("teacher-run", {"student_pretrain=" + path("teacher"), "distill_loss_weight=0", "max_steps=2"});
+    INFO(result.output);
+    REQUIRE(result.code == 0);
+  }
+  std::vector<std::string> losses(const std::string& name) const {
+    return column(path("logs/" + name + "/metrics.csv"), "train/loss");
+  }
+  std::string weights(const std::string& name) const { return contents(path(name + "/export/model.safetensors")); }
+
+ private:
+  void model(const std::string& name, int hidden, int layers, int vocabulary) {
+    fs::create_directories(path(name));
+    for (const char* file : {"tokenizer.json", "tokenizer_config.json"})
+      fs::copy(fs::path(DISTILL_SOURCE_DIR) / "configs/wordnet/student" / file, path(name + "/" + file));
+    std::ostringstream config;
+    config
+        << R"({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": )"
+        << hidden
+        << R"(, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": )"
+        << layers
+        << R"(, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": true, "vocab_size": )"
+        << vocabulary << R"(, "torch_dtype": "float32"})";
+    folder_.write(name + "/config.json", config.str());
+  }
+  void head(const std::string& file, int lines) const {
+    std::ifstream in(fs::path(DISTILL_SOURCE_DIR) / "configs/wordnet" / file);
+    std::string text, line;
+    for (int i = 0; i < lines && std::getline(in, line); ++i) text += line + "\n";
+    folder_.write(file, text);
+  }
+
+  ScratchFolder folder_;
+};
+
+int occurrences(const std::string& text, const std::string& part) {
+  int count = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++count;
+  return count;
+}
+
+}  // namespace
+
+TEST_CASE("one rank and two ranks give the same bits", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const std::string dtype = GENERATE("fp32", "bf16");
+  const std::string precision = "student.model_args.dtype=" + dtype;
+  const auto one = shop.train("one-" + dtype, {precision}), two = shop.train("two-" + dtype, {precision}, 2);
+  INFO(one.output << two.output);
+  REQUIRE(one.code == 0);
+  REQUIRE(two.code == 0);
+  CHECK(shop.losses("one-" + dtype).size() == 6);
+  CHECK(shop.losses("one-" + dtype) == shop.losses("two-" + dtype));
+  CHECK(shop.weights("one-" + dtype) == shop.weights("two-" + dtype));
+  CHECK(fs::exists(shop.path("two-" + dtype + "/finished")));
+  CHECK(column(shop.path("logs/one-" + dtype + "/metrics.csv"), "student/val_loss")[2] != "");
+  CHECK_THAT(two.output, Catch::Contains("where the time went"));
+}
+
+TEST_CASE("every objective runs through the program, whole vocabulary and top-k", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  for (const std::string objective :
+       {"forward_kl", "reverse_kl", "adaptive_kl", "skewed_forward_kl", "skewed_reverse_kl", "js_divergence"})
+    for (const std::string topk : {"logits_topk=0", "logits_topk=8"}) {
+      const auto result = shop.train("objective", {"kd_objective=" + objective, topk, "logits_topk_mode=tail",
+                                                   "max_steps=1", "save_steps=0", "validation.data_args.file_name=~"});
+      INFO(objective << topk << result.output);
+      CHECK(result.code == 0);
+      fs::remove_all(shop.path("objective"));
+    }
+}
+
+TEST_CASE("data parallel without a teacher: two ranks with half the batch each equal one rank", "[e2e]") {
+  const Workshop shop;
+  const std::vector<std::string> plain{"distill_loss_weight=0", "student.training_args.gradient_accumulation_steps=1"};
+  auto half = plain;
+  half.push_back("student.training_args.per_device_train_batch_size=2");
+  const auto one = shop.train("one", plain), two = shop.train("two", half, 2);
+  INFO(one.output << two.output);
+  REQUIRE(one.code == 0);
+  REQUIRE(two.code == 0);
+  const auto a = shop.losses("one"), b = shop.losses("two");
+  REQUIRE(a.size() == b.size());
+  for (std::size_t i = 0; i < a.size(); ++i) CHECK(std::stod(a[i]) == Approx(std::stod(b[i])).epsilon(1e-5));
+}
+
+TEST_CASE("a killed run resumes bit for bit", "[e2e]") {
+  const int ranks = GENERATE(0, 2);
+  const Workshop shop;
+  shop.make_teacher();
+  const auto whole = shop.train("whole", {"max_steps=12"}, ranks);
+  INFO(whole.output);
+  REQUIRE(whole.code == 0);
+  {
+    Process run(shop.training("killed", {"max_steps=12"}, ranks));
+    const fs::path checkpoint = shop.path("killed/checkpoints/step-000004");
+    for (int i = 0; i < 3000 && !fs::exists(checkpoint); ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    REQUIRE(fs::exists(checkpoint));
+    run.signal_group(SIGKILL);
+    CHECK(run.wait().code != 0);
+  }
+  const auto resumed = shop.train("killed", {"max_steps=12", "resume_from_checkpoint=true"}, ranks);
+  INFO(resumed.output);
+  REQUIRE(resumed.code == 0);
+  CHECK_THAT(resumed.output, Catch::Contains("resum"));
+  CHECK(shop.losses("killed") == shop.losses("whole"));
+  CHECK(shop.weights("killed") == shop.weights("whole"));
+}
+
+TEST_CASE("a signal saves, leaves with 85, and the same command goes on", "[e2e]") {
+  const int ranks = GENERATE(0, 2);
+  const Workshop shop;
+  shop.make_teacher();
+  const std::vector<std::string> long_run{"max_steps=400", "save_steps=0", "eval_steps=0",
+                                          "resume_from_checkpoint=true"};
+  {
+    Process run(shop.training("stopped", long_run, ranks));
+    const fs::path csv = shop.path("logs/stopped/metrics.csv");
+    for (int i = 0; i < 3000 && !(fs::exists(csv) && shop.losses("stopped").size() > 2); ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    run.signal(SIGUSR1);
+    const auto result = run.wait();
+    INFO(result.output);
+    CHECK(result.code == 85);
+    CHECK_THAT(result.output, Catch::Contains("stopped by a signal after step"));
+  }
+  CHECK_FALSE(fs::exists(shop.path("stopped/finished")));
+  const std::size_t done = shop.losses("stopped").size();
+  auto rest = long_run;
+  rest.front() = "max_steps=" + std::to_string(done + 2);
+  const auto result = shop.train("stopped", rest, ranks);
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK(shop.losses("stopped").size() == done + 2);
+}
+
+TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto refused = [&](std::vector<std::string> overrides, const std::string& message, int ranks = 0) {
+    const auto result = shop.train("wrong", std::move(overrides), ranks);
+    INFO(result.output);
+    CHECK(result.code == 2);
+    CHECK(occurrences(result.output, message) == 1);
+    CHECK_FALSE(fs::exists(shop.path("wrong")));
+  };
+  refused({"kd_objectiv=reverse_kl"}, "did you mean 'kd_objective'");
+  refused({"student_pretrain=" + shop.path("nowhere")}, shop.path("nowhere"));
+  refused({"teacher_pretrain=" + shop.path("teacher")}, "a teacher must be a trained model");
+  refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"));
+  refused({"student.training_args.per_device_train_batch_size=40"}, "expected at least 80");
+  refused({"sequence_length=4"}, "none of 60 records has an answer");
+  // The same on two ranks is one message, not two.
+  refused({"student_pretrain=" + shop.path("nowhere")}, "distill: ", 2);
+  refused({}, "3 ranks", 3);
+}
+
+TEST_CASE("student and teacher with different tokenizers are refused", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const std::string file = shop.path("teacher-run/export/tokenizer.json");
+  std::string tokenizer = contents(file);
+  const std::size_t at = tokenizer.rfind("<|im_end|>");
+  REQUIRE(at != std::string::npos);
+  tokenizer.replace(at, 10, "<|im_End|>");
+  std::ofstream(file, std::ios::binary) << tokenizer;
+  const auto result = shop.train("mixed");
+  INFO(result.output);
+  CHECK(result.code == 2);
+  CHECK_THAT(result.output, Catch::Contains("tokenizer differs"));
+}
+
+TEST_CASE("check prints the plan and trains nothing", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto result = Process(shop.command({"check", "--config", shop.path("run.yaml"), "--ranks", "4"})).wait();
+  INFO(result.output);
+  CHECK(result.code == 0);
+  for (const char* part : {"student", "teacher", "vocabulary: 4080", "60 records", "forward_kl", "partner", "all good"})
+    CHECK_THAT(result.output, Catch::Contains(part));
+  CHECK_FALSE(fs::exists(shop.path("run")));
+}
+
+TEST_CASE("a new run does not write over the checkpoints of an old one", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  REQUIRE(shop.train("again").code == 0);
+  const auto result = shop.train("again");
+  INFO(result.output);
+  CHECK(result.code == 2);
+  CHECK_THAT(result.output, Catch::Contains("resume_from_checkpoint"));
+}

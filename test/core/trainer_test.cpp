@@ -1,0 +1,215 @@
+// The training loop on tiny models: it learns, it is reproducible, it survives what is not finite, and it resumes.
+#include "core/train/trainer.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+#include <map>
+
+#include "core/train/teacher.h"
+#include "kernels/backends.h"
+#include "test/support/tiny_models.h"
+
+using namespace distill;
+using namespace distill::test;
+
+namespace {
+
+constexpr int real_vocabulary = 37;
+
+struct Setup {
+  double weight = 0.5;
+  DType dtype = DType::f32;
+  int per_device = 4, accumulation = 2;
+  std::int64_t steps = 6;
+  double lr = 3e-3;
+  bool with_validation = false;
+  float teacher_std = 0.3f;
+};
+
+// A whole run on one rank.
+struct Run {
+  Setup setup;
+  std::unique_ptr<Device> device = make_cpu_device(1);
+  EncodedDataSource data{random_samples(30, real_vocabulary, 1),
+                         DataPlan{.shape = {setup.per_device, setup.accumulation, 1}}};
+  EncodedDataSource validation{random_samples(7, real_vocabulary, 2), validation_plan(3, 1, 0, Layout::packed)};
+  Transformer student, teacher_model;
+  Optimizer optimizer;
+  Teacher teacher;
+  LocalTeacher source;
+  Alone dp;
+  std::vector<MetricRecord> records;
+  std::vector<TrainState> saved;
+  TrainState state;
+  std::function<bool()> stop = [] { return false; };
+
+  static Transformer::Limits limits(const Run& r, bool trains) {
+    return {.tokens = std::max(r.data.most_tokens(), r.validation.most_tokens()),
+            .supervised = std::max(r.data.most_supervised(), r.validation.most_supervised()),
+            .longest = 12,
+            .trains = trains,
+            .recompute = Recompute::none};
+  }
+
+  explicit Run(const Setup& s)
+      : setup(s),
+        student(*device, tiny_spec("qwen2", true), s.dtype, limits(*this, true)),
+        teacher_model(*device, tiny_spec("qwen3", false), s.dtype, limits(*this, false)),
+        optimizer(*device, student.table(), student.values(), {.max_grad_norm = 1}),
+        teacher(*device, teacher_model, real_vocabulary, data.most_tokens(), data.most_supervised()),
+        source(*device, teacher, s.dtype, 8) {
+    randomise(*device, student, 1, 0.1f);
+    randomise(*device, teacher_model, 2, s.teacher_std);
+    optimizer.reset_masters();
+  }
+
+  Trainer::End go(std::int64_t steps) {
+    TrainerOptions options;
+    options.total_steps = steps;
+    options.save_steps = 2;
+    options.eval_steps = 2;
+    options.learning_rate = setup.lr;
+    options.schedule = schedules::constant;
+    options.loss.distill_weight = float(setup.weight);
+    options.loss.vocabulary = real_vocabulary;
+    options.logits_chunk = 8;
+    Trainer trainer(*device, student, optimizer, setup.weight != 0 ? &source : nullptr, data,
+                    setup.with_validation ? &validation : nullptr, dp, options,
+                    {.report = [this](const MetricRecord& r) { records.push_back(r); },
+                     .save = [this](const TrainState& at) { saved.push_back(at); },
+                     .stop_requested = stop});
+    return trainer.run(state);
+  }
+
+  double metric(std::size_t record, const std::string& name) const {
+    for (const auto& [key, value] : records.at(record).values)
+      if (key == name) return value;
+    throw std::out_of_range(name);
+  }
+  std::vector<double> losses() const {
+    std::vector<double> out;
+    for (std::size_t i = 0; i < records.size(); ++i) out.push_back(metric(i, "train/loss"));
+    return out;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("the loss falls, with and without a teacher", "[trainer]") {
+  const double weight = GENERATE(0.0, 0.5, 1.0);
+  const DType dtype = GENERATE(DType::f32, DType::bf16, DType::f16);
+  CAPTURE(weight, name_of(dtype));
+  Run run({.weight = weight, .dtype = dtype, .steps = 30});
+  CHECK(run.go(30) == Trainer::End::finished);
+  REQUIRE(run.records.size() == 30);
+  const auto losses = run.losses();
+  CHECK(losses.back() < 0.97 * losses.front());
+  const double ce = run.metric(0, "train/train_student_loss");
+  const double kd = weight == 0 ? 0 : run.metric(0, "train/train_distill_loss");
+  CHECK(losses.front() == Approx((1 - weight) * ce + weight * kd));
+}
+
+TEST_CASE("two runs are bit-identical", "[trainer]") {
+  Run a({}), b({});
+  a.go(6);
+  b.go(6);
+  CHECK(a.losses() == b.losses());
+  CHECK(download<float>(*a.device, a.student.values()) == download<float>(*b.device, b.student.values()));
+}
+
+TEST_CASE("how a batch is cut into micro-batches changes loss and gradient by rounding only", "[trainer]") {
+  Run whole({.per_device = 8, .accumulation = 1}), cut({.per_device = 2, .accumulation = 4});
+  whole.go(5);
+  cut.go(5);
+  for (std::size_t i = 0; i < 5; ++i) {
+    CHECK(cut.losses()[i] == Approx(whole.losses()[i]).epsilon(1e-5));
+    CHECK(cut.metric(i, "student/grad_norm") == Approx(whole.metric(i, "student/grad_norm")).epsilon(1e-4));
+  }
+}
+
+TEST_CASE("a teacher equal to the student gives no divergence and no gradient", "[trainer]") {
+  Run run({.weight = 1});
+  // The teacher is another family, so equality is made by the head: both heads zero give uniform distributions.
+  run.device->zero(run.student.table().find("model.embed_tokens.weight")->in(run.student.values()));
+  run.device->zero(run.teacher_model.table().find("lm_head.weight")->in(run.teacher_model.values()));
+  run.go(1);
+  CHECK(run.metric(0, "train/train_distill_loss") == Approx(0).margin(1e-6));
+  CHECK(run.metric(0, "distill/student_entropy") == Approx(std::log(double(real_vocabulary))));
+  CHECK(run.metric(0, "student/grad_norm") == Approx(0).margin(1e-6));
+}
+
+TEST_CASE("steps that are not finite change nothing and end the run after five in a row", "[trainer]") {
+  Run run({.teacher_std = 0.3f});
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> head(std::size_t(run.teacher_model.table().find("lm_head.weight")->size()), nan);
+  run.device->upload(run.teacher_model.table().find("lm_head.weight")->in(run.teacher_model.values()), head.data());
+  const auto before = download<float>(*run.device, run.student.values());
+  CHECK_THROWS_WITH(run.go(20), Catch::Contains("not finite in 5 steps in a row"));
+  CHECK(run.state.step == 5);
+  CHECK(run.optimizer.updates() == 0);
+  CHECK(run.metric(4, "student/skipped_steps") == 5);
+  CHECK(download<float>(*run.device, run.student.values()) == before);
+}
+
+TEST_CASE("f16 overflow shrinks the loss scale before it counts as a failure", "[trainer]") {
+  Run run({.weight = 0, .dtype = DType::f16});
+  run.state.loss_scale = 16777216;  // 2^24: gradients of order 0.1 overflow f16
+  CHECK(run.go(12) == Trainer::End::finished);
+  CHECK(run.state.loss_scale < 16777216);
+  CHECK(run.state.optimizer_updates < 12);
+  CHECK(run.state.optimizer_updates > 0);
+}
+
+TEST_CASE("saves come at their period and at the end, validation too", "[trainer]") {
+  Run run({.with_validation = true});
+  run.go(5);
+  REQUIRE(run.saved.size() == 3);
+  CHECK(run.saved[0].step == 2);
+  CHECK(run.saved[2].step == 5);
+  CHECK(run.metric(1, "student/val_loss") > 0);
+  CHECK_THROWS(run.metric(0, "student/val_loss"));
+  CHECK(run.metric(4, "student/val_loss") > 0);
+}
+
+TEST_CASE("a stop request saves and ends at the next step", "[trainer]") {
+  Run run({});
+  run.stop = [&] { return run.records.size() == 3; };
+  CHECK(run.go(10) == Trainer::End::stopped);
+  CHECK(run.state.step == 3);
+  CHECK(run.saved.back().step == 3);
+}
+
+TEST_CASE("a run continued from its state equals the uninterrupted one bit for bit", "[trainer]") {
+  const DType dtype = GENERATE(DType::f32, DType::bf16);
+  Run whole({.dtype = dtype});
+  whole.go(8);
+
+  Run first({.dtype = dtype});
+  first.stop = [&] { return first.state.step == 3; };
+  first.go(8);
+  Run second({.dtype = dtype});
+  const auto carry = [&](const View& from, const View& to) {
+    if (!from.data) return;
+    std::vector<char> bytes(std::size_t(from.size()) * size_of(from.dtype));
+    first.device->download(bytes.data(), from);
+    second.device->upload(to, bytes.data());
+  };
+  carry(first.student.values(), second.student.values());
+  carry(first.optimizer.masters(), second.optimizer.masters());
+  carry(first.optimizer.exp_avg(), second.optimizer.exp_avg());
+  carry(first.optimizer.exp_avg_sq(), second.optimizer.exp_avg_sq());
+  second.state = first.state;
+  second.go(8);
+
+  auto joined = first.losses();
+  const auto rest = second.losses();
+  joined.insert(joined.end(), rest.begin(), rest.end());
+  CHECK(joined == whole.losses());
+  const auto bits = [](Run& r) {
+    std::vector<char> bytes(std::size_t(r.student.values().size()) * size_of(r.student.values().dtype));
+    r.device->download(bytes.data(), r.student.values());
+    return bytes;
+  };
+  CHECK(bits(second) == bits(whole));
+}

@@ -1,0 +1,167 @@
+#include "io/metric_sinks.h"
+
+#include <sys/resource.h>
+#include <catch2/catch.hpp>
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <sstream>
+
+#include "test/support/refusal.h"
+#include "test/support/scratch_folder.h"
+
+using namespace distill;
+using namespace distill::test;
+
+namespace {
+
+const std::vector<std::string> names = {"train/loss", "student/val_loss"};
+
+MetricRecord record(std::int64_t step, double loss) {
+  return {.step = step, .wall_time = 1000.25 + double(step), .values = {{"train/loss", loss}}};
+}
+
+std::string read(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  std::ostringstream out;
+  out << in.rdbuf();
+  return out.str();
+}
+
+void no_warning(const std::string& message) { FAIL(message); }
+
+const std::string header = "step,wall_time,train/loss,student/val_loss\n";
+
+// What a run that resumes at `step` leaves of an older file.
+std::string after_resume(const std::string& older, std::int64_t step) {
+  const ScratchFolder folder;
+  const std::string path = folder.write("metrics.csv", older);
+  CsvSink sink(path, names, step, no_warning);
+  return read(path);
+}
+
+}  // namespace
+
+TEST_CASE("CSV: a line a step, complete at once, empty where there is no value", "[metric_sinks]") {
+  const ScratchFolder folder;
+  const std::string path = folder.path("metrics.csv");
+  CsvSink sink(path, names, 0, no_warning);
+  CHECK(read(path) == header);
+  sink.write(record(1, 0.1));
+  CHECK(read(path) == header + "1,1001.250,0.1,\n");
+  sink.write({.step = 2, .wall_time = 3, .values = {{"student/val_loss", 1e-30}, {"train/loss", 1.0 / 3}}});
+  const double inf = std::numeric_limits<double>::infinity();
+  sink.write({.step = 3, .wall_time = 4, .values = {{"student/val_loss", -inf}, {"train/loss", std::nan("")}}});
+  CHECK(read(path) == header + "1,1001.250,0.1,\n2,3.000,0.3333333333333333,1e-30\n3,4.000,nan,-inf\n");
+  CHECK(refusal(
+            "",
+            [&] {
+              sink.write({.step = 4, .wall_time = 0, .values = {{"new", 1}}});
+            },
+            ExitCode::internal)
+            .starts_with("metric new has no column in "));
+}
+
+TEST_CASE("CSV: a resumed run goes on after the step it resumes from", "[metric_sinks]") {
+  const std::string rows = "1,1.0,3,\n2,2.0,3,4\n3,3.0,3,\n";
+  CHECK(after_resume(header + rows, 2) == header + "1,1.0,3,\n2,2.0,3,4\n");
+  CHECK(after_resume(header + rows, 7) == header + rows);
+  CHECK(after_resume(header + rows, 0) == header);
+  CHECK(after_resume("", 5) == header);
+  CHECK(after_resume(header + "1,1.0,3,\n2,2.0", 2) == header + "1,1.0,3,\n");              // killed while writing
+  CHECK(after_resume(header + "1,1.0,3,\n2,2.0\n3,3.0,3,\n", 3) == header + "1,1.0,3,\n");  // torn in the middle
+  CHECK(after_resume(header + "x,1.0,3,\n", 3) == header);
+  const ScratchFolder folder;
+  const std::string path = folder.write("metrics.csv", "step,wall_time,other\n1,2,3\n");
+  CHECK(refusal(folder.path(), [&] { CsvSink(path, names, 1, no_warning); }) ==
+        "metrics.csv: has other columns than this run writes; move the file away to go on with a new one");
+  CHECK(read(path) == "step,wall_time,other\n1,2,3\n");
+  CHECK(refusal(folder.path(), [&] { CsvSink(folder.path("no/metrics.csv"), names, 1, no_warning); }) ==
+        "no/metrics.csv: cannot open: No such file or directory");
+}
+
+TEST_CASE("CSV: a full disk loses lines but no columns, and is reported once", "[metric_sinks]") {
+  const ScratchFolder folder;
+  const std::string path = folder.path("metrics.csv");
+  std::vector<std::string> warnings;
+  std::signal(SIGXFSZ, SIG_IGN);
+  rlimit old{};
+  getrlimit(RLIMIT_FSIZE, &old);
+  {
+    CsvSink sink(path, names, 0,
+                 [&](const std::string& message) { warnings.push_back(without(message, folder.path())); });
+    rlimit little = old;
+    little.rlim_cur = header.size() + 5;
+    setrlimit(RLIMIT_FSIZE, &little);
+    sink.write(record(1, 2));
+    sink.write(record(2, 2));
+    setrlimit(RLIMIT_FSIZE, &old);
+    CHECK(read(path) == header);
+    sink.write(record(3, 2));
+  }
+  CHECK(read(path) == header + "3,1003.250,2,\n");
+  CHECK(warnings ==
+        std::vector<std::string>{"metrics.csv: cannot write: File too large; metrics are missing from here on"});
+}
+
+TEST_CASE("console: one line a record with units", "[metric_sinks]") {
+  std::ostringstream out;
+  ConsoleSink sink(out, false, 100);
+  MetricRecord all{.step = 10,
+                   .wall_time = 50,
+                   .values = {{"train/loss", 2.5},
+                              {"train/train_distill_loss", 1.25},
+                              {"train/train_student_loss", 3.75},
+                              {"student/lr", 5e-5},
+                              {"student/grad_norm", 0.8125},
+                              {"system/tps", 23456},
+                              {"train/step_train", 0.5},
+                              {"time/data_wait", 0.005},
+                              {"time/teacher_wait", 0.1},
+                              {"time/forward", 0.1},
+                              {"time/loss", 0.045},
+                              {"time/backward", 0.2},
+                              {"time/reduce", 0},
+                              {"time/optimizer", 0.05}}};
+  sink.write(all);
+  CHECK(out.str() ==
+        "step 10/100 | loss 2.5000 | distill loss 1.2500 | student CE loss 3.7500 | lr 5e-05 | grad norm 0.812 | 23.5k "
+        "tokens/s"
+        " | step 500 ms (data 1%, teacher wait 20%, forward 20%, loss 9%, backward 40%, reduce 0%, optimizer 10%)"
+        " | 45 s left\n");
+  out.str("");
+  sink.write({.step = 20,
+              .wall_time = 70,
+              .values = {{"student/val_loss", 2.0}, {"student/loss_scale", 1024}, {"system/tps", 999}}});
+  CHECK(out.str() == "step 20/100 | validation loss 2.0000 | loss scale 1024 | 999 tokens/s | 2 min 40 s left\n");
+  out.str("");
+  sink.write({.step = 100, .wall_time = 80, .values = {}});
+  CHECK(out.str() == "step 100/100\n");
+}
+
+TEST_CASE("console: a terminal has a progress bar below the lines", "[metric_sinks]") {
+  std::ostringstream out;
+  {
+    ConsoleSink sink(out, true, 4);
+    sink.write({.step = 1, .wall_time = 10, .values = {{"train/step_train", 20}}});
+    CHECK(out.str() ==
+          "\r\x1b[Kstep 1/4 | step 20.0 s | 1 min 0 s left\n[##########..............................] 25%, 1 min 0 s "
+          "left");
+    out.str("");
+    sink.write({.step = 4, .wall_time = 40, .values = {}});
+    CHECK(out.str() == "\r\x1b[Kstep 4/4\n[########################################] 100%, 0 s left");
+    out.str("");
+  }
+  CHECK(out.str() == "\n");
+}
+
+TEST_CASE("durations", "[metric_sinks]") {
+  CHECK(duration_text(0.4) == "0 s");
+  CHECK(duration_text(59.4) == "59 s");
+  CHECK(duration_text(59.6) == "1 min 0 s");
+  CHECK(duration_text(3599) == "59 min 59 s");
+  CHECK(duration_text(7384) == "2 h 3 min");
+  CHECK(duration_text(90000) == "1 d 1 h");
+  CHECK(duration_text(-5) == "0 s");
+}

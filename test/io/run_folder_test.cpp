@@ -1,0 +1,39 @@
+#include "io/run_folder.h"
+
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <filesystem>
+
+#include "test/support/refusal.h"
+#include "test/support/scratch_folder.h"
+
+using namespace distill;
+using namespace distill::test;
+
+TEST_CASE("one run at a time uses a folder", "[run_folder]") {
+  const ScratchFolder scratch;
+  const std::string path = scratch.path("out/run");
+  {
+    const RunFolder mine(path);
+    CHECK(mine.file("config.yaml") == path + "/config.yaml");
+    const std::string message = refusal(scratch.path(), [&] { const RunFolder other(path); });
+    CHECK(message.starts_with(text("out/run: is in use by process ", getpid(), " on ")));
+    CHECK(message.ends_with("; wait for that run, stop it, or choose another exp_name"));
+  }
+  CHECK_NOTHROW(RunFolder{path});
+  scratch.write("file", "");
+  CHECK(refusal(scratch.path(), [&] { const RunFolder other(scratch.path("file/run")); }) ==
+        "file/run: cannot create: Not a directory");
+}
+
+TEST_CASE("a finished run leaves a mark", "[run_folder]") {
+  const ScratchFolder scratch;
+  const RunFolder folder(scratch.path("run"));
+  folder.clear_finished();
+  CHECK_FALSE(std::filesystem::exists(folder.file("finished")));
+  folder.mark_finished(7);
+  CHECK(std::filesystem::exists(folder.file("finished")));
+  folder.clear_finished();
+  CHECK_FALSE(std::filesystem::exists(folder.file("finished")));
+}

@@ -1,0 +1,554 @@
+// The loss of a chunk of positions against textbook formulas in double precision (test/support/loss_reference.h).
+#include "kernels/cpu/loss.h"
+
+#include <hwy/targets.h>
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "core/error.h"
+#include "kernels/loss_rows.h"
+#include "test/support/loss_reference.h"
+#include "test/support/thread_team.h"
+
+namespace distill {
+namespace {
+
+using reference::Numbers;
+constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+// A matrix of any type that is set and read as doubles, with unused columns at the end of each row.
+class Matrix {
+ public:
+  Matrix(std::int64_t rows, std::int64_t cols, DType type, std::int64_t gap = 0)
+      : bytes_(std::size_t(rows * (cols + gap)) * size_of(type), std::byte{0x7f}),
+        view_(bytes_.data(), rows, cols, cols + gap, type) {}
+  void set(std::int64_t r, std::int64_t c, double x) {
+    with_float_type(view_.dtype, [&](auto type) {
+      using T = decltype(type);
+      view_.as<T>()[r * view_.stride + c] = T(Compute<T>(x));
+    });
+  }
+  double get(std::int64_t r, std::int64_t c) const {
+    double x = 0;
+    with_float_type(view_.dtype, [&](auto type) {
+      using T = decltype(type);
+      x = Compute<T>(view_.as<T>()[r * view_.stride + c]);
+    });
+    return x;
+  }
+  Numbers row(std::int64_t r, std::int64_t columns) const {
+    Numbers x;
+    for (std::int64_t c = 0; c < columns; ++c) x.push_back(get(r, c));
+    return x;
+  }
+  bool gap_untouched() const {
+    const std::size_t size = size_of(view_.dtype), stride = std::size_t(view_.stride) * size;
+    for (std::size_t i = 0; i < bytes_.size(); ++i)
+      if (i % stride >= std::size_t(view_.cols) * size && bytes_[i] != std::byte{0x7f}) return false;
+    return true;
+  }
+  View view() { return view_; }
+  ConstView view() const { return view_; }
+  const std::vector<std::byte>& bytes() const { return bytes_; }
+
+ private:
+  std::vector<std::byte> bytes_;
+  View view_;
+};
+
+struct Types {
+  DType student = DType::f32, teacher = DType::f32, gradient = DType::f32;
+};
+
+// Logits of a few positions and what the product makes of them.
+struct Chunk {
+  Chunk(std::int64_t rows, std::int64_t vocabulary, Types types = {}, std::int64_t padding = 0, std::int64_t gap = 0)
+      : student(rows, vocabulary + padding, types.student, gap),
+        teacher(rows, vocabulary + padding / 2, types.teacher, 2 * gap),
+        dlogits(rows, vocabulary + padding, types.gradient, gap),
+        terms(rows, LossTerms::count, types.student, gap),
+        labels(std::size_t(rows)) {
+    spec.vocabulary = vocabulary;
+  }
+
+  void randomise(unsigned seed, double deviation = 3, double similarity = 0.5) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal(0, deviation);
+    for (std::int64_t r = 0; r < student.view().rows; ++r) {
+      for (std::int64_t c = 0; c < student.view().cols; ++c) {
+        const double common = normal(random), s = normal(random), t = normal(random);
+        const bool is_padding = c >= spec.vocabulary;  // larger than all others, were it read
+        student.set(r, c, is_padding ? 100 : similarity * common + (1 - similarity) * s);
+        if (c < teacher.view().cols) teacher.set(r, c, is_padding ? 100 : similarity * common + (1 - similarity) * t);
+      }
+      labels[std::size_t(r)] = std::int32_t(random() % std::uint64_t(spec.vocabulary));
+    }
+  }
+  void set(std::int64_t r, const Numbers& s, const Numbers& t) {
+    for (std::size_t c = 0; c < s.size(); ++c) {
+      student.set(r, std::int64_t(c), s[c]);
+      teacher.set(r, std::int64_t(c), t[c]);
+    }
+  }
+
+  void run(float scale = 1, int threads = 1) {
+    const ConstView label_view(labels.data(), 1, std::int64_t(labels.size()), std::int64_t(labels.size()), DType::i32);
+    distill_loss_cpu(dlogits.view(), terms.view(), student.view(), has_teacher ? teacher.view() : ConstView(),
+                     label_view, spec, scale, threads, scratch);
+  }
+
+  // Compares every term and every gradient; the tolerances are relative for f32 and come from the type below it.
+  void check_against_reference(double scale = 1, double tolerance = 1e-5) const {
+    const DType type = dlogits.view().dtype;
+    const double storage = type == DType::bf16 ? 0x1p-8 : type == DType::f16 ? 0x1p-11 : 0;
+    for (std::int64_t r = 0; r < student.view().rows; ++r) {
+      const reference::Loss expected =
+          reference::loss(student.row(r, spec.vocabulary), has_teacher ? teacher.row(r, spec.vocabulary) : Numbers{},
+                          std::size_t(labels[std::size_t(r)]), spec);
+      for (int column = 0; column < LossTerms::count; ++column) {
+        INFO("row " << r << " term " << column);
+        CHECK(terms.get(r, column) == Approx(expected.term(column)).epsilon(tolerance).margin(tolerance / 20));
+      }
+      double error2 = 0, norm2 = 0;
+      std::int64_t worst = 0;
+      double worst_excess = -1;
+      for (std::int64_t c = 0; c < spec.vocabulary; ++c) {
+        const double g = scale * expected.gradient[std::size_t(c)], error = std::abs(dlogits.get(r, c) - g);
+        error2 += error * error;
+        norm2 += g * g;
+        // f16 has no numbers between 0 and 2⁻²⁴.
+        const double allowed = (tolerance + storage) * std::abs(g) + tolerance / 20 * scale * expected.magnitude +
+                               (type == DType::f16 ? 0x1p-25 : 0);
+        if (error - allowed > worst_excess) worst_excess = error - allowed, worst = c;
+      }
+      INFO("row " << r << " column " << worst << ": " << dlogits.get(r, worst) << " expected "
+                  << scale * expected.gradient[std::size_t(worst)]);
+      CHECK(worst_excess <= 0);
+      CHECK(std::sqrt(error2) <=
+            (tolerance + storage) * std::sqrt(norm2) + tolerance / 20 * scale * expected.magnitude);
+      for (std::int64_t c = spec.vocabulary; c < dlogits.view().cols; ++c)
+        if (dlogits.get(r, c) != 0) FAIL_CHECK("padding column " << c << " of row " << r);
+    }
+  }
+
+  Matrix student, teacher, dlogits, terms;
+  std::vector<std::int32_t> labels;
+  LossSpec spec;
+  bool has_teacher = true;
+  LossScratch scratch;
+};
+
+Objective any_objective() { return Objective(GENERATE(range(0, int(objective_names.size())))); }
+
+struct Cut {
+  int topk;
+  TopkMode mode;
+};
+Cut any_cut() {
+  return GENERATE(Cut{0, TopkMode::renormalize}, Cut{7, TopkMode::renormalize}, Cut{7, TopkMode::tail},
+                  Cut{1, TopkMode::renormalize}, Cut{1, TopkMode::tail}, Cut{400, TopkMode::tail});
+}
+
+void set(LossSpec& spec, Objective objective, Cut cut) {
+  spec.objective = objective;
+  spec.topk = cut.topk;
+  spec.topk_mode = cut.mode;
+}
+
+TEST_CASE("every objective, cut and number format equals the textbook", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = any_cut();
+  const Types types = GENERATE(Types{DType::f32, DType::f32, DType::f32}, Types{DType::f32, DType::bf16, DType::bf16},
+                               Types{DType::f32, DType::f16, DType::f16}, Types{DType::f32, DType::f64, DType::f32},
+                               Types{DType::f64, DType::f64, DType::f64}, Types{DType::f64, DType::bf16, DType::f64});
+  Chunk chunk(3, 1531, types, 21, 5);
+  chunk.randomise(unsigned(objective) + 10);
+  set(chunk.spec, objective, cut);
+  chunk.spec.distill_weight = 0.7f;
+  chunk.spec.adaptive_alpha = 0.4f;
+  CAPTURE(objective_names[std::size_t(objective)], cut.topk, topk_mode_names[std::size_t(cut.mode)],
+          name_of(types.student), name_of(types.teacher), name_of(types.gradient));
+  chunk.run(0.25f);
+  chunk.check_against_reference(0.25, types.student == DType::f64 ? 1e-9 : 1e-5);
+  CHECK(chunk.dlogits.gap_untouched());
+  CHECK(chunk.terms.gap_untouched());
+}
+
+TEST_CASE("temperatures and weights", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{9, TopkMode::renormalize}, Cut{9, TopkMode::tail});
+  const float temperature = GENERATE(1.0f, 2.5f, 0.5f), teacher_temperature = GENERATE(1.0f, 0.8f);
+  const float weight = GENERATE(0.0f, 0.5f, 1.0f);
+  Chunk chunk(2, 600, {DType::f32, DType::bf16, DType::f32}, 3);
+  chunk.randomise(4);
+  set(chunk.spec, objective, cut);
+  chunk.spec.temperature = temperature;
+  chunk.spec.teacher_temperature = teacher_temperature;
+  chunk.spec.distill_weight = weight;
+  chunk.spec.skew_lambda = 0.3f;
+  CAPTURE(objective_names[std::size_t(objective)], cut.topk, int(cut.mode), temperature, teacher_temperature, weight);
+  chunk.run();
+  chunk.check_against_reference();
+}
+
+TEST_CASE("a vocabulary of 151,936", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{64, TopkMode::tail});
+  Chunk chunk(1, 151936, {DType::f32, DType::bf16, DType::f32});
+  chunk.spec.vocabulary = 151665;
+  chunk.randomise(9, GENERATE(0.2, 4.0));
+  set(chunk.spec, objective, cut);
+  CAPTURE(objective_names[std::size_t(objective)], cut.topk);
+  chunk.run();
+  chunk.check_against_reference();
+}
+
+TEST_CASE("extreme logits give finite values and gradients", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{3, TopkMode::renormalize}, Cut{3, TopkMode::tail});
+  const DType teacher_type = GENERATE(DType::f32, DType::bf16);
+  constexpr std::size_t n = 40;
+  const Numbers flat(n, 0.5), none(n, -infinity);
+  Numbers one_hot = none, other_hot = none, steep(n), reverse_steep(n), zeros(n, 0.0), huge(n, -3e38), alternating(n);
+  one_hot[7] = 3;
+  other_hot[11] = -2;
+  huge[5] = 12;
+  for (std::size_t j = 0; j < n; ++j) {
+    steep[j] = j % 2 ? 1e4 : -1e4;
+    reverse_steep[j] = 100.0 * double(j) - 2000;
+    alternating[j] = j % 3 ? -infinity : double(j) / 4;
+  }
+  const Numbers rows[] = {flat, none, one_hot, other_hot, steep, reverse_steep, zeros, huge, alternating};
+  Chunk chunk(1, n, {DType::f32, teacher_type, DType::f32}, 4);
+  set(chunk.spec, objective, cut);
+  chunk.labels = {7};
+  for (std::size_t i = 0; i < std::size(rows); ++i) {
+    for (std::size_t k = 0; k < std::size(rows); ++k) {
+      CAPTURE(objective_names[std::size_t(objective)], cut.topk, int(cut.mode), i, k);
+      chunk.set(0, rows[i], rows[k]);
+      chunk.run();
+      chunk.check_against_reference();
+    }
+  }
+}
+
+TEST_CASE("equal distributions have no distance and no gradient", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = any_cut();
+  Chunk chunk(2, 700);
+  chunk.randomise(3, 4, 1);
+  set(chunk.spec, objective, cut);
+  chunk.spec.distill_weight = 1;
+  chunk.run();
+  for (std::int64_t r = 0; r < 2; ++r) {
+    CHECK(std::abs(chunk.terms.get(r, LossTerms::divergence)) < 1e-7);
+    CHECK(chunk.terms.get(r, LossTerms::top1_agreement) == 1);
+    for (const double g : chunk.dlogits.row(r, 700)) CHECK(std::abs(g) < 1e-7);
+  }
+}
+
+TEST_CASE("a divergence is never negative beyond rounding", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = any_cut();
+  Chunk chunk(64, 500);
+  set(chunk.spec, objective, cut);
+  for (const double similarity : {0.0, 0.9, 0.999, 0.99999}) {
+    chunk.randomise(77, 5, similarity);
+    chunk.run();
+    for (std::int64_t r = 0; r < 64; ++r)
+      CHECK(chunk.terms.get(r, LossTerms::divergence) > -5e-7);  // an ulp or two of exp
+  }
+}
+
+TEST_CASE("the gradient is the derivative of the loss", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{5, TopkMode::renormalize}, Cut{5, TopkMode::tail});
+  constexpr std::int64_t n = 13;
+  Chunk chunk(1, n, {DType::f64, DType::f64, DType::f64});
+  chunk.randomise(5, 2);
+  set(chunk.spec, objective, cut);
+  chunk.spec.temperature = 1.7f;
+  chunk.spec.distill_weight = 0.6f;
+  // The weights of adaptive_kl are constants for the gradient: the objective to differentiate has them fixed.
+  double head = 1;
+  if (objective == Objective::adaptive_kl) {
+    LossSpec parts = chunk.spec;
+    const auto value = [&](Objective o) {
+      parts.objective = o;
+      return reference::loss(chunk.student.row(0, n), chunk.teacher.row(0, n), 0, parts).divergence;
+    };
+    const double forward = value(Objective::forward_kl), reverse = value(Objective::reverse_kl);
+    head = (value(Objective::adaptive_kl) - reverse) / (forward - reverse);
+  }
+  const auto loss_at = [&](std::int64_t j, double step) {
+    Numbers s = chunk.student.row(0, n);
+    s[std::size_t(j)] += step;
+    LossSpec spec = chunk.spec;
+    const auto part = [&](Objective o) {
+      spec.objective = o;
+      return reference::loss(s, chunk.teacher.row(0, n), std::size_t(chunk.labels[0]), spec);
+    };
+    const double w = double(spec.distill_weight);
+    if (objective != Objective::adaptive_kl) {
+      const reference::Loss all = part(objective);
+      return (1 - w) * all.cross_entropy + w * all.divergence;
+    }
+    const reference::Loss forward = part(Objective::forward_kl), reverse = part(Objective::reverse_kl);
+    return (1 - w) * forward.cross_entropy + w * (head * forward.divergence + (1 - head) * reverse.divergence);
+  };
+  chunk.run();
+  for (std::int64_t j = 0; j < n; ++j) {
+    const double h = 1e-5, slope = (loss_at(j, h) - loss_at(j, -h)) / (2 * h);
+    CAPTURE(objective_names[std::size_t(objective)], cut.topk, int(cut.mode), j);
+    CHECK(chunk.dlogits.get(0, j) == Approx(slope).margin(2e-9).epsilon(1e-6));
+  }
+}
+
+TEST_CASE("adaptive_kl finds its threshold among ties and in any distribution", "[loss]") {
+  const double deviation = GENERATE(0.0, 1e-4, 0.3, 2.0, 10.0);
+  const double step = GENERATE(0.0, 0.5, 4.0);  // logits on a grid: ties
+  const float alpha = GENERATE(0.03f, 0.5f, 0.97f);
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{50, TopkMode::tail});
+  for (const DType type : {DType::f32, DType::f64}) {
+    Chunk chunk(4, 3000, {type, DType::bf16, type});
+    chunk.randomise(unsigned(alpha * 100), deviation, 0.2);
+    if (step > 0)
+      for (std::int64_t r = 0; r < 4; ++r)
+        for (std::int64_t c = 0; c < 3000; ++c)
+          chunk.teacher.set(r, c, std::round(chunk.teacher.get(r, c) / step) * step);
+    set(chunk.spec, Objective::adaptive_kl, cut);
+    chunk.spec.adaptive_alpha = alpha;
+    CAPTURE(name_of(type), deviation, step, alpha, cut.topk);
+    chunk.run();
+    chunk.check_against_reference();
+  }
+}
+
+TEST_CASE("top-k keeps the k largest, ties to the lower id", "[loss]") {
+  const std::int64_t n = GENERATE(100, 1024, 20000);
+  const int k = GENERATE(1, 2, 16, 99, 1000);
+  const double grid = GENERATE(0.0, 0.25, 100.0);  // 100: all equal
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal(0, 2);
+  std::vector<float> teacher(static_cast<std::size_t>(n));
+  for (float& t : teacher) t = grid > 0 ? float(std::round(normal(random) / grid) * grid) : normal(random);
+  teacher[3] = -0.0f;
+  teacher[50] = -infinity;
+  simd::Row row;
+  row.teacher = teacher.data();
+  row.columns = n;
+  if (k >= n) return;
+  simd::Scratch scratch;
+  REQUIRE(simd::find_topk(row, k, scratch));
+  const auto expected = reference::topk_ids(Numbers(teacher.begin(), teacher.end()), std::size_t(k));
+  CHECK(std::vector<std::size_t>(scratch.ids.begin(), scratch.ids.end()) == expected);
+
+  const LossRow<float, float> plain{nullptr, teacher.data(), n, n, 0, 0};
+  const TopkCut<float> cut = find_topk(Lone{}, plain, k);
+  std::vector<std::size_t> kept;
+  for (std::int64_t j = 0; j < n; ++j)
+    if (cut.keeps(plain, j)) kept.push_back(std::size_t(j));
+  CHECK(kept == expected);
+}
+
+TEST_CASE("k of the vocabulary's size or more is the whole vocabulary", "[loss]") {
+  Chunk chunk(1, 50);
+  chunk.randomise(1);
+  chunk.run();
+  const auto bytes = chunk.dlogits.bytes();
+  chunk.spec.topk = GENERATE(50, 51, 1000000);
+  chunk.spec.topk_mode = TopkMode::tail;
+  chunk.run();
+  CHECK(chunk.dlogits.bytes() == bytes);
+  CHECK(chunk.terms.get(0, LossTerms::topk_mass) == 1);
+}
+
+TEST_CASE("without a teacher only the cross-entropy is left", "[loss]") {
+  const DType type = GENERATE(DType::f32, DType::f64);
+  Chunk chunk(2, 300, {type, type, type}, 7);
+  chunk.randomise(2);
+  chunk.spec.distill_weight = 0;
+  chunk.spec.temperature = GENERATE(1.0f, 2.0f);
+  chunk.has_teacher = false;
+  chunk.run(2);
+  chunk.check_against_reference(2);
+}
+
+TEST_CASE("NaN and infinity among the logits reach the loss", "[loss]") {
+  const Cut cut = any_cut();
+  const float bad = std::vector<float>{nan, std::copysign(nan, -1.0f), infinity}[GENERATE(0u, 1u, 2u)];
+  const bool in_student = GENERATE(false, true), with_teacher = GENERATE(false, true);
+  if (!in_student && !with_teacher) return;
+  const DType type = GENERATE(DType::f32, DType::f64);
+  const std::int64_t at = GENERATE(0, 17, 599);
+  Chunk chunk(1, 600, {type, type, type}, 2);
+  chunk.randomise(1);
+  set(chunk.spec, any_objective(), cut);
+  chunk.has_teacher = with_teacher;
+  (in_student ? chunk.student : chunk.teacher).set(0, at, bad);
+  chunk.run();
+  CAPTURE(bad, in_student, with_teacher, name_of(type), at, cut.topk, int(cut.mode), int(chunk.spec.objective));
+  const double term = chunk.terms.get(0, with_teacher ? LossTerms::divergence : LossTerms::cross_entropy);
+  CHECK(std::isnan(term));
+}
+
+TEST_CASE("the number of threads does not change a bit, nor does a second call", "[loss]") {
+  const Objective objective = any_objective();
+  Chunk chunk(7, 5000, {DType::f32, DType::bf16, DType::bf16});
+  chunk.randomise(6);
+  set(chunk.spec, objective, {GENERATE(0, 30), TopkMode::tail});
+  chunk.run(1, 1);
+  const auto gradient = chunk.dlogits.bytes(), terms = chunk.terms.bytes();
+  const int threads = GENERATE(1, 2, 5);
+  chunk.run(1, threads);
+  CHECK(chunk.dlogits.bytes() == gradient);
+  CHECK(chunk.terms.bytes() == terms);
+}
+
+TEST_CASE("a scale of zero leaves a zero gradient and the terms", "[loss]") {
+  Chunk chunk(2, 100, {}, 3);
+  chunk.randomise(8);
+  chunk.run(0);
+  chunk.check_against_reference(0);
+}
+
+TEST_CASE("a label outside the vocabulary is named", "[loss]") {
+  Chunk chunk(2, 10);
+  chunk.randomise(8);
+  chunk.labels[1] = 10;
+  CHECK_THROWS_WITH(chunk.run(), "distill_loss: label 10 of position 1 is not in the vocabulary of 10");
+}
+
+TEST_CASE("every instruction set of this machine gives the textbook's numbers", "[loss]") {
+  const Objective objective = any_objective();
+  const Cut cut = any_cut();
+  const std::int64_t all = hwy::SupportedTargets();
+  for (std::int64_t left = all; left != 0; left &= left - 1) {
+    hwy::SetSupportedTargetsForTest(left & -left);
+    Chunk chunk(2, 1200, {DType::f32, DType::f16, DType::f16}, 5);
+    chunk.randomise(12);
+    set(chunk.spec, objective, cut);
+    CAPTURE(hwy::TargetName(left & -left), objective_names[std::size_t(objective)], cut.topk);
+    chunk.run();
+    chunk.check_against_reference();
+    chunk.student.set(0, 1100, nan);
+    chunk.run();
+    CHECK(std::isnan(chunk.terms.get(0, LossTerms::divergence)));
+  }
+  hwy::SetSupportedTargetsForTest(0);
+}
+
+TEST_CASE("torch computes the same losses and gradients", "[loss][golden]") {
+  std::ifstream file(DISTILL_SOURCE_DIR "/test/golden/loss.json");
+  const auto golden = nlohmann::json::parse(file);
+  const auto student = golden.at("student").get<std::vector<Numbers>>();
+  const auto teacher = golden.at("teacher").get<std::vector<Numbers>>();
+  const auto rows = std::int64_t(student.size()), vocabulary = std::int64_t(student[0].size());
+  for (const DType type : {DType::f64, DType::f32}) {
+    const double tolerance = type == DType::f64 ? 1e-12 : 1e-5, margin = type == DType::f64 ? 1e-14 : 1e-7;
+    Chunk chunk(rows, vocabulary, {type, type, type}, 2);
+    for (std::int64_t r = 0; r < rows; ++r) chunk.set(r, student[std::size_t(r)], teacher[std::size_t(r)]);
+    chunk.labels = golden.at("labels").get<std::vector<std::int32_t>>();
+    for (const auto& expected : golden.at("cases")) {
+      LossSpec& spec = chunk.spec;
+      const auto name = expected.at("objective").get<std::string>(), mode = expected.at("topk_mode").get<std::string>();
+      spec.objective =
+          Objective(std::find(objective_names.begin(), objective_names.end(), name) - objective_names.begin());
+      spec.topk_mode =
+          TopkMode(std::find(topk_mode_names.begin(), topk_mode_names.end(), mode) - topk_mode_names.begin());
+      spec.topk = expected.at("topk");
+      spec.distill_weight = golden.at("distill_weight");
+      spec.temperature = expected.at("temperature");
+      spec.teacher_temperature = expected.at("teacher_temperature");
+      spec.adaptive_alpha = expected.at("adaptive_alpha");
+      spec.skew_lambda = expected.at("skew_lambda");
+      CAPTURE(name_of(type), name, mode, spec.topk, spec.temperature);
+      chunk.run();
+      const std::pair<int, const char*> terms[] = {{LossTerms::cross_entropy, "cross_entropy"},
+                                                   {LossTerms::divergence, "divergence"},
+                                                   {LossTerms::student_entropy, "student_entropy"},
+                                                   {LossTerms::teacher_entropy, "teacher_entropy"}};
+      for (std::int64_t r = 0; r < rows; ++r) {
+        for (const auto& [column, term] : terms)
+          CHECK(chunk.terms.get(r, column) ==
+                Approx(expected.at(term)[std::size_t(r)].get<double>()).epsilon(tolerance));
+        const Numbers gradient = expected.at("gradient")[std::size_t(r)];
+        for (std::int64_t c = 0; c < vocabulary; ++c)
+          CHECK(chunk.dlogits.get(r, c) == Approx(gradient[std::size_t(c)]).epsilon(tolerance).margin(margin));
+      }
+    }
+  }
+}
+
+// --- the plain passes, by a team of real threads and with the vocabulary cut over ranks
+
+using PlainRow = LossRow<float, bf16>;
+
+Chunk plain_chunk(Objective objective, Cut cut) {
+  Chunk chunk(1, 61, {DType::f32, DType::bf16, DType::f32}, 4);
+  chunk.randomise(21);
+  for (std::int64_t c = 0; c < 61; ++c) chunk.teacher.set(0, c, std::round(chunk.teacher.get(0, c)));  // ties
+  set(chunk.spec, objective, cut);
+  chunk.spec.temperature = 1.5f;
+  return chunk;
+}
+
+TEST_CASE("the plain passes by eight threads equal the textbook", "[loss][team]") {
+  const Objective objective = any_objective();
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{5, TopkMode::renormalize}, Cut{5, TopkMode::tail});
+  Chunk chunk = plain_chunk(objective, cut);
+  CAPTURE(objective_names[std::size_t(objective)], cut.topk, int(cut.mode));
+  const PlainRow row{chunk.student.view().as<float>(), chunk.teacher.view().as<bf16>(), 61, 65, 0, chunk.labels[0]};
+  with_divergence(chunk.spec, [&](const auto& divergence) {
+    run_team(8, [&](ThreadTeam team) {
+      distill_row(team, chunk.dlogits.view().as<float>(), chunk.terms.view().as<float>(), row, divergence, chunk.spec,
+                  1.0f);
+    });
+  });
+  chunk.check_against_reference();
+}
+
+// One lane of its own rank, reductions over all ranks: what stands between the passes is all that ranks exchange.
+class RankTeam : public ThreadTeam {
+ public:
+  explicit RankTeam(const ThreadTeam& ranks) : ThreadTeam(ranks) {}
+  int rank() const { return ThreadTeam::lane(); }
+  int lane() const { return 0; }
+  int lanes() const { return 1; }
+};
+
+TEST_CASE("the plain passes over a cut vocabulary equal the whole", "[loss][team]") {
+  const Objective objective = any_objective();
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{5, TopkMode::renormalize}, Cut{5, TopkMode::tail});
+  Chunk chunk = plain_chunk(objective, cut);
+  CAPTURE(objective_names[std::size_t(objective)], cut.topk, int(cut.mode));
+  constexpr std::int64_t begins[] = {0, 7, 40, 61, 65};  // the last rank has nothing but padding
+  std::vector<std::vector<float>> terms(4, std::vector<float>(LossTerms::count));
+  with_divergence(chunk.spec, [&](const auto& divergence) {
+    run_team(4, [&](ThreadTeam ranks) {
+      const RankTeam team(ranks);
+      const std::int64_t first = begins[team.rank()], end = begins[team.rank() + 1];
+      const PlainRow row{chunk.student.view().as<float>() + first,
+                         chunk.teacher.view().as<bf16>() + first,
+                         std::max<std::int64_t>(0, std::min<std::int64_t>(end, 61) - first),
+                         end - first,
+                         first,
+                         chunk.labels[0]};
+      distill_row(team, chunk.dlogits.view().as<float>() + first, terms[std::size_t(team.rank())].data(), row,
+                  divergence, chunk.spec, 1.0f);
+    });
+  });
+  for (int column = 0; column < LossTerms::count; ++column) chunk.terms.set(0, column, terms[0][std::size_t(column)]);
+  CHECK(std::all_of(terms.begin(), terms.end(), [&](const auto& t) { return t == terms[0]; }));
+  chunk.check_against_reference();
+}
+
+}  // namespace
+}  // namespace distill

@@ -1,0 +1,170 @@
+#include "parallel/grid.h"
+
+#include <catch2/catch.hpp>
+#include <map>
+#include <set>
+#include <tuple>
+
+#include "parallel/parallel.h"
+
+using namespace distill;
+
+namespace {
+
+std::vector<int> one_node(int n) { return std::vector<int>(std::size_t(n), 0); }
+
+std::string error_of(const std::vector<int>& nodes, int tp, int pp, bool has_teacher) {
+  try {
+    make_grid(nodes, tp, pp, has_teacher);
+  } catch (const Error& error) {
+    CHECK(error.code() == ExitCode::bad_input);
+    return error.what();
+  }
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("one rank plays both roles, or is a student where no teacher is wanted") {
+  const Grid both = make_grid(one_node(1), 1, 1, true);
+  CHECK(both.places[0].role == Role::both);
+  CHECK(both.places[0].partner == 0);
+  CHECK((is_student(Role::both) && is_teacher(Role::both)));
+  const Grid student = make_grid(one_node(1), 1, 1, false);
+  CHECK(student.places[0].role == Role::student);
+  CHECK(student.places[0].partner == -1);
+}
+
+TEST_CASE("two ranks are a student and its teacher") {
+  const Grid grid = make_grid(one_node(2), 1, 1, true);
+  CHECK(grid.sizes.dp == 1);
+  CHECK(grid.places[0].role == Role::student);
+  CHECK(grid.places[0].partner == 1);
+  CHECK(grid.places[1].role == Role::teacher);
+  CHECK(grid.places[1].partner == 0);
+}
+
+TEST_CASE("without a teacher any number of ranks is data parallel") {
+  const int n = GENERATE(1, 2, 3, 5, 8);
+  const Grid grid = make_grid(one_node(n), 1, 1, false);
+  CHECK(grid.sizes.dp == n);
+  for (int r = 0; r < n; ++r) {
+    CHECK(grid.places[std::size_t(r)].role == Role::student);
+    CHECK(grid.places[std::size_t(r)].dp_rank == r);
+    CHECK(grid.places[std::size_t(r)].partner == -1);
+  }
+}
+
+TEST_CASE("each node is halved, whatever the numbers of its ranks") {
+  // mpirun --map-by node: ranks go round the nodes; and nodes of different sizes
+  const auto nodes = GENERATE(std::vector<int>{0, 1, 0, 1, 0, 1, 0, 1}, std::vector<int>{7, 7, 3, 3, 3, 3, 7, 7},
+                              std::vector<int>{5, 5, 2, 2, 2, 2});
+  const Grid grid = make_grid(nodes, 1, 1, true);
+  for (std::size_t r = 0; r < nodes.size(); ++r) {
+    const Place& place = grid.places[r];
+    const Place& partner = grid.places[std::size_t(place.partner)];
+    CHECK(std::size_t(partner.partner) == r);
+    CHECK(nodes[std::size_t(place.partner)] == nodes[r]);
+    CHECK(partner.node == place.node);
+    CHECK(partner.role != place.role);
+    CHECK(partner.dp_rank == place.dp_rank);
+    if (place.role == Role::student) CHECK(int(r) < place.partner);
+  }
+}
+
+TEST_CASE("every coordinate is taken once by each role, and tp groups stay inside a node") {
+  const auto [tp, pp, dp, nodes_count, has_teacher] = GENERATE(table<int, int, int, int, bool>({{1, 1, 1, 1, true},
+                                                                                                {2, 1, 2, 1, true},
+                                                                                                {2, 2, 2, 2, true},
+                                                                                                {4, 1, 1, 1, true},
+                                                                                                {1, 4, 2, 2, true},
+                                                                                                {2, 2, 1, 1, false},
+                                                                                                {2, 3, 2, 3, false}}));
+  const int total = (has_teacher ? 2 : 1) * tp * pp * dp;
+  std::vector<int> nodes;
+  for (int r = 0; r < total; ++r) nodes.push_back(r / (total / nodes_count));
+  const Grid grid = make_grid(nodes, tp, pp, has_teacher);
+  CHECK(grid.sizes.dp == dp);
+  std::set<std::tuple<Role, int, int, int>> taken;
+  std::map<std::tuple<Role, int, int>, std::set<int>> nodes_of_tp_group;
+  for (std::size_t r = 0; r < nodes.size(); ++r) {
+    const Place& place = grid.places[r];
+    CHECK((place.tp_rank < tp && place.dp_rank < dp && place.pp_rank < pp));
+    CHECK(taken.emplace(place.role, place.tp_rank, place.dp_rank, place.pp_rank).second);
+    nodes_of_tp_group[{place.role, place.dp_rank, place.pp_rank}].insert(nodes[r]);
+    if (has_teacher) {
+      const Place& partner = grid.places[std::size_t(place.partner)];
+      CHECK(std::tuple(partner.tp_rank, partner.dp_rank, partner.pp_rank) ==
+            std::tuple(place.tp_rank, place.dp_rank, place.pp_rank));
+    }
+  }
+  CHECK(int(taken.size()) == total);
+  for (const auto& [_, on] : nodes_of_tp_group) CHECK(on.size() == 1);
+}
+
+TEST_CASE("tp is fastest, then dp, then pp") {
+  const Grid grid = make_grid(one_node(12), 2, 3, false);
+  const auto at = [&](int r) {
+    const Place& place = grid.places[std::size_t(r)];
+    return std::tuple(place.tp_rank, place.dp_rank, place.pp_rank);
+  };
+  CHECK(at(0) == std::tuple(0, 0, 0));
+  CHECK(at(1) == std::tuple(1, 0, 0));
+  CHECK(at(2) == std::tuple(0, 1, 0));
+  CHECK(at(4) == std::tuple(0, 0, 1));
+  CHECK(at(11) == std::tuple(1, 1, 2));
+}
+
+TEST_CASE("counts that do not fit say what to start instead") {
+  CHECK(error_of(one_node(3), 1, 1, true) ==
+        "3 ranks cannot be split into as many students as teachers: start 2 or 4 ranks, or set "
+        "distill_loss_weight: 0 to train without a teacher on any number");
+  CHECK(error_of({0, 0, 1, 1, 1}, 1, 1, true) ==
+        "3 ranks on node 1 cannot be split into as many students as teachers: start 2 or 4 ranks on node 1, or set "
+        "distill_loss_weight: 0 to train without a teacher on any number");
+  CHECK(error_of({0, 1}, 1, 1, true) ==
+        "1 rank on node 0 cannot be split into as many students as teachers: start 2 ranks on node 0, or set "
+        "distill_loss_weight: 0 to train without a teacher on any number");
+  CHECK(error_of(one_node(6), 2, 1, true) ==
+        "6 ranks cannot be cut into groups of tp_size 2 for students and for teachers (a group stays inside a node): "
+        "start 4 or 8 ranks");
+  CHECK(error_of({0, 0, 0, 1, 1, 1}, 2, 1, false) ==
+        "3 ranks on node 0 cannot be cut into groups of tp_size 2 (a group stays inside a node): start 2 or 4 ranks on "
+        "node 0");
+  CHECK(error_of(one_node(6), 1, 2, true) ==
+        "6 ranks (half of them students) cannot be cut into grids of tp_size 1 x pp_size 2: start 4 or 8 ranks");
+  CHECK(
+      error_of(one_node(1), 1, 2, true) ==
+      "1 rank cannot be split into as many students as teachers: start 4 ranks, or set distill_loss_weight: 0 to train "
+      "without a teacher on any number");
+}
+
+TEST_CASE("the table names every rank") {
+  CHECK(describe(make_grid({{0, 0, 1, 1}}, 1, 1, true)) ==
+        "grid: tp 1, dp 2, pp 1, 4 ranks\n"
+        "  rank  role     tp  dp  pp  partner  node\n"
+        "     0  student   0   0   0        1  0\n"
+        "     1  teacher   0   0   0        0  0\n"
+        "     2  student   0   1   0        3  1\n"
+        "     3  teacher   0   1   0        2  1\n");
+  const std::string hosts[] = {"node-a"};
+  CHECK(describe(make_grid(one_node(1), 1, 1, false), hosts) ==
+        "grid: tp 1, dp 1, pp 1, 1 rank\n"
+        "  rank  role     tp  dp  pp  partner  node\n"
+        "     0  student   0   0   0        -  node-a\n");
+}
+
+TEST_CASE("groups follow the grid") {
+  const bool has_teacher = GENERATE(true, false);
+  run_ranks(8, [&](Communicator& world) {
+    const Grid grid = make_grid(nodes_of(world), 2, 1, has_teacher);
+    const Groups groups = make_groups(world, grid);
+    const Place& me = grid.places[std::size_t(world.rank())];
+    check(groups.role->size() == (has_teacher ? 4 : 8), "role group of ", groups.role->size());
+    check(groups.tp->size() == 2 && groups.tp->rank() == me.tp_rank, "tp group");
+    check(groups.dp->size() == grid.sizes.dp && groups.dp->rank() == me.dp_rank, "dp group");
+    check(groups.pp->size() == 1, "pp group");
+    const std::int64_t coordinates = groups.dp->all_reduce(std::int64_t{me.tp_rank * 10 + int(me.role) * 100});
+    check(coordinates == groups.dp->size() * (me.tp_rank * 10 + int(me.role) * 100), "dp ranks differ in dp only");
+  });
+}

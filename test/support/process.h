@@ -1,0 +1,73 @@
+// Runs a program and collects what it prints, or starts one to be signalled later.
+#pragma once
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace distill::test {
+
+// Words; NAME=value before the program's name goes to its environment.
+class Process {
+ public:
+  explicit Process(std::vector<std::string> words) {
+    int ends[2];
+    if (pipe(ends) != 0) throw std::runtime_error("pipe failed");
+    pid_ = fork();
+    if (pid_ < 0) throw std::runtime_error("fork failed");
+    if (pid_ == 0) {
+      setpgid(0, 0);
+      dup2(ends[1], STDOUT_FILENO);
+      dup2(ends[1], STDERR_FILENO);
+      close(ends[0]);
+      close(ends[1]);
+      std::size_t first = 0;
+      for (; first < words.size() && words[first].find('=') != std::string::npos; ++first) putenv(words[first].data());
+      std::vector<char*> arguments;
+      for (std::size_t i = first; i < words.size(); ++i) arguments.push_back(words[i].data());
+      arguments.push_back(nullptr);
+      execvp(arguments[0], arguments.data());
+      _exit(127);
+    }
+    close(ends[1]);
+    output_ = ends[0];
+  }
+  ~Process() {
+    if (pid_ > 0) {
+      kill(-pid_, SIGKILL);
+      waitpid(pid_, nullptr, 0);
+    }
+    close(output_);
+  }
+  Process(const Process&) = delete;
+  Process& operator=(const Process&) = delete;
+
+  void signal(int number) const { kill(pid_, number); }
+  // To the whole group: what a job's end does.
+  void signal_group(int number) const { kill(-pid_, number); }
+
+  struct Result {
+    int code;            // exit code, or 128 + signal
+    std::string output;  // standard output and error
+  };
+  Result wait() {
+    std::string output;
+    char part[4096];
+    for (ssize_t n; (n = read(output_, part, sizeof part)) > 0;) output.append(part, std::size_t(n));
+    int status = 0;
+    waitpid(std::exchange(pid_, -1), &status, 0);
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), output};
+  }
+
+ private:
+  pid_t pid_ = -1;
+  int output_ = -1;
+};
+
+}  // namespace distill::test

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Installs the Debian packages that the build needs, and only those that are missing.
+set -eu
+packages="g++ cmake ninja-build ccache pkg-config openmpi-bin libopenmpi-dev libyaml-cpp-dev libcli11-dev libhdf5-dev catch2
+libdnnl-dev libhwy-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev wordnet-base"
+
+missing=""
+for package in $packages; do
+  # pkg-config may be provided by pkgconf, so the command counts, not the package.
+  [ "$package" = pkg-config ] && command -v pkg-config >/dev/null && continue
+  dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || missing="$missing $package"
+done
+[ -z "$missing" ] && { echo "dependencies: all there"; exit 0; }
+
+echo "dependencies: installing$missing"
+as_root=""
+if [ "$(id -u)" -ne 0 ]; then
+  command -v sudo >/dev/null || { echo "dependencies: run as root: apt-get install$missing" >&2; exit 1; }
+  as_root=sudo
+fi
+# shellcheck disable=SC2086  # a list of words on purpose
+{
+  $as_root apt-get update -q >/dev/null
+  $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing >/dev/null
+}
+echo "dependencies: done"

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Builds and runs all tests: tools/test.sh [preset] [ctest arguments…]; the preset is release, debug, ci, asan or tsan.
+set -eu
+cd "$(dirname "$0")/.."
+preset=${1:-release}
+[ $# -gt 0 ] && shift
+tools/install_dependencies.sh
+cmake --preset "$preset" --log-level=WARNING
+cmake --build --preset "$preset" -j "$(nproc)"
+ctest --preset "$preset" -j "$(nproc)" "$@"
