@@ -60,6 +60,8 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
     if (speaks) std::cerr << "distill: " << error.what() << std::endl;
     return error.code();
   }
+  if (speaks)
+    for (const std::string& warning : plan->warnings) std::cerr << "warning: " << warning << std::endl;
   say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));
   if (plan->grid.places.size() > 1) say(describe(plan->grid, {}));
   if (command.command == Command::check) {

@@ -100,13 +100,6 @@ struct TeacherSide {
   }
 };
 
-ChannelShape channel_shape(const RunPlan& plan) {
-  return {.positions = plan.logits_chunk,
-          .columns = head_columns(plan.vocabulary, plan.teacher->vocabulary),
-          .dtype = plan.config.teacher.model_args.dtype,
-          .slots = plan.config.logits_ring_slots};
-}
-
 void run_teacher(const RunPlan& plan, Device& device, Communicator& world, const Place& place, const Sizes& sizes,
                  const DataSource& data) {
   TeacherSide side(device, plan, sizes);

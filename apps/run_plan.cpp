@@ -1,13 +1,19 @@
 #include "apps/run_plan.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
+#include <map>
 
 #include "core/distill/head_loss.h"
 #include "core/model/params.h"
 #include "io/chat_template.h"
+#include "io/checkpoint_manifest.h"
 #include "io/model_folder.h"
 #include "io/records.h"
 #include "io/tokenizer.h"
@@ -15,6 +21,8 @@
 namespace distill {
 
 namespace {
+
+namespace fs = std::filesystem;
 
 template <class... Value>
 std::string format(const char* pattern, Value... value) {
@@ -38,14 +46,22 @@ void check_vocabulary(const ModelSpec& spec, const std::string& folder, std::int
               ": expected at least ", vocabulary, ", the number of ids that ", folder, "/tokenizer.json can produce");
 }
 
-DataSet read_data(const Config& config, const std::vector<std::string>& files, const std::string& template_name,
-                  const std::string& folder, const Tokenizer& tokenizer, int threads, const Say& progress) {
+std::string joined(const std::vector<std::string>& words) {
+  std::string all;
+  for (const std::string& word : words) all += (all.empty() ? "" : ", ") + word;
+  return all;
+}
+
+// `key` is where `files` was configured.
+DataSet read_data(const ConfigFile& file, std::string_view key, const std::vector<std::string>& files,
+                  const std::string& template_name, const Tokenizer& tokenizer, int threads, const Say& progress) {
+  const Config& config = file.config;
   const RecordFields fields{.question = config.question_key,
                             .answer = config.answer_key,
                             .prompt = config.prompt_key,
                             .system = config.system_key};
   const Records records = read_records(files, fields, config.student.data_args.skip_bad_records);
-  const ChatTemplate chat = ChatTemplate::load(template_name, folder);
+  const ChatTemplate chat = ChatTemplate::load(template_name, config.student.model_args.model_name_or_path);
   EncodeOptions options;
   options.sequence_length = config.sequence_length;
   options.distill_on_prompt = config.distill_on_prompt;
@@ -56,10 +72,11 @@ DataSet read_data(const Config& config, const std::vector<std::string>& files, c
   EncodedRecords encoded = encode_records(
       records.records, [&](std::string_view t) { return tokenizer.encode(t); },
       [&](std::span<const Message> conversation, bool prompt) { return chat.render(conversation, prompt); }, options);
+  check_input(encoded.samples.size() > 0, file.where(key), ": none of the ", records.records.size(), " records of ",
+              joined(files), " has an answer that begins within ", config.sequence_length, " tokens (sequence_length)");
   DataSet data;
-  data.records = std::int64_t(records.records.size());
+  if (records.bad > 0) data.bad_records = records.describe_bad();
   data.bad = records.bad;
-  data.complaints = records.complaints;
   data.truncated = encoded.truncated;
   data.left_out = encoded.left_out;
   data.samples = std::move(encoded.samples);
@@ -80,6 +97,68 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
           .last = LastBatch::drop,
           .seed = std::uint64_t(plan.config.seed),
           .shuffle = worker.data_args.shuffle};
+}
+
+// Fails now where the run could not write later: the nearest folder that exists must let us make others in it.
+void check_can_write(const ConfigFile& file, std::string_view key, const fs::path& folder) {
+  std::error_code ignored;
+  fs::path nearest = fs::absolute(folder);
+  while (nearest.has_relative_path() && !fs::exists(nearest, ignored)) nearest = nearest.parent_path();
+  const bool is_folder = fs::is_directory(nearest, ignored);
+  check_input(is_folder && access(nearest.c_str(), W_OK | X_OK) == 0, file.where(key), ": cannot write to ",
+              folder.string(), ": ", nearest.string(), is_folder ? text(": ", std::strerror(errno)) : " is not a folder");
+}
+
+void check_run_folders(const ConfigFile& file) {
+  const Config& config = file.config;
+  check_can_write(file, "output_dir", config.run_dir());
+  check_can_write(file, "checkpoint_config.output_dir", config.checkpoint_dir());
+  check_can_write(file, "logging_dir", config.log_dir());
+  if (const std::string& path = config.resume_from_checkpoint.path; !path.empty()) read_manifest(path);
+}
+
+// What is legal and yet may not be meant.
+std::vector<std::string> warnings_about(const RunPlan& plan) {
+  const Config& config = plan.config;
+  std::vector<std::string> warnings;
+  const auto warn = [&](const auto&... parts) { warnings.push_back(text(parts...)); };
+  for (const DataSet* data : {&plan.train, plan.validation ? &*plan.validation : nullptr})
+    if (data && data->bad > 0) warn(data->bad_records);
+  const int longest = std::max(plan.train.longest, plan.validation ? plan.validation->longest : 0);
+  const auto check_length = [&](const char* role, const ModelSpec& spec) {
+    if (longest > spec.max_positions)
+      warn("the longest sequence has ", longest, " tokens, the ", role, " was made for ", spec.max_positions,
+           " (max_position_embeddings): set sequence_length to that or expect poor results beyond it");
+  };
+  check_length("student", plan.student);
+  if (plan.teacher) check_length("teacher", *plan.teacher);
+
+  const int ranks = plan.grid.sizes.tp * plan.grid.sizes.pp * plan.grid.sizes.dp;
+  const auto check_devices = [&](const char* role, const WorkerConfig& worker) {
+    if (const std::size_t devices = worker.device_mapping.size(); devices != 0 && devices != std::size_t(ranks))
+      warn(role, ".device_mapping names ", devices, " devices, this run has ", ranks, ranks == 1 ? " rank" : " ranks",
+           " a role: the mapping is for GPUs and changes nothing on a CPU");
+  };
+  check_devices("student", config.student);
+  if (plan.teacher) check_devices("teacher", config.teacher);
+  if (config.student.model_args.disable_gradient_checkpointing &&
+      config.student.strategy_args.strategy_config.recompute_granularity)
+    warn("student.strategy_args.strategy_config.recompute_granularity changes nothing: "
+         "student.model_args.disable_gradient_checkpointing is true");
+  const std::vector<std::string>& teacher_files = config.teacher.data_args.file_name;
+  if (plan.teacher && !teacher_files.empty() && teacher_files != config.student.data_args.file_name)
+    warn("teacher.data_args.file_name is ignored: both roles read the student's records");
+  if (plan.teacher && int(plan.grid.places.size()) > ranks) {
+    std::map<int, std::size_t> needed;  // bytes by node
+    for (const Place& place : plan.grid.places)
+      if (place.role == Role::student) needed[place.node] += channel_bytes(channel_shape(plan));
+    std::size_t most = 0;
+    for (const auto& [node, bytes] : needed) most = std::max(most, bytes);
+    if (const auto available = shared_memory_available(); most > available)
+      warn("the logits channels of a node need ", bytes_text(double(most)), " of shared memory, /dev/shm has ",
+           bytes_text(double(available)), " here: lower logits_chunk or logits_ring_slots");
+  }
+  return warnings;
 }
 
 Schedule schedule_named(const std::string& name) {
@@ -114,11 +193,12 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
   }
 
   const DataArgs& data = config.student.data_args;
-  plan.train = read_data(config, data.file_name, data.template_name, student_folder, tokenizer, threads, progress);
+  plan.train = read_data(file, "student.data_args.file_name", data.file_name, data.template_name, tokenizer, threads,
+                         progress);
   const ValidationDataArgs& held_out = config.validation.data_args;
   if (!held_out.file_name.empty())
-    plan.validation =
-        read_data(config, held_out.file_name, held_out.template_name, student_folder, tokenizer, threads, progress);
+    plan.validation = read_data(file, "validation.data_args.file_name", held_out.file_name, held_out.template_name,
+                                tokenizer, threads, progress);
 
   const TrainingArgs& training = config.student.training_args;
   const std::int64_t global_batch = data_plan(plan, 0).shape.global();
@@ -134,8 +214,11 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
                           : std::int64_t(std::ceil(training.warmup_ratio * double(plan.total_steps)));
   plan.schedule = schedule_named(training.lr_scheduler_type);
   const std::int64_t columns = head_columns(plan.vocabulary, plan.student.vocabulary);
-  plan.logits_chunk =
+  const std::int64_t chunk =
       config.logits_chunk.value.value_or(int(default_logits_chunk(columns, config.student.model_args.dtype)));
+  plan.logits_chunk = std::min(chunk, std::max<std::int64_t>(1, training_data(plan, 0)->most_supervised()));
+  check_run_folders(file);
+  plan.warnings = warnings_about(plan);
   return plan;
 }
 
@@ -148,6 +231,13 @@ std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank) {
   return std::make_unique<EncodedDataSource>(
       plan.validation->samples, validation_plan(plan.config.student.infer_batch_size, plan.grid.sizes.dp, dp_rank,
                                                 data_plan(plan, dp_rank).layout));
+}
+
+ChannelShape channel_shape(const RunPlan& plan) {
+  return {.positions = plan.logits_chunk,
+          .columns = head_columns(plan.vocabulary, plan.teacher->vocabulary),
+          .dtype = plan.config.teacher.model_args.dtype,
+          .slots = plan.config.logits_ring_slots};
 }
 
 void check_no_old_checkpoints(const Config& config) {

@@ -14,13 +14,14 @@
 #include "io/config_file.h"
 #include "io/encode.h"
 #include "parallel/grid.h"
+#include "parallel/parallel.h"
 
 namespace distill {
 
 struct DataSet {
   Samples samples;
-  std::int64_t records = 0, bad = 0, truncated = 0, left_out = 0;
-  std::vector<std::string> complaints;  // about the first bad records
+  std::int64_t bad = 0, truncated = 0, left_out = 0;  // records
+  std::string bad_records;                            // what is wrong with the first of them
   int longest = 0;                      // tokens
   std::int64_t supervised = 0;          // positions, all samples
 };
@@ -37,6 +38,7 @@ struct RunPlan {
   Schedule schedule{};
   std::int64_t logits_chunk = 0;  // positions
   bool student_has_weights = false;
+  std::vector<std::string> warnings;  // one line each
 };
 
 using Say = std::function<void(const std::string&)>;  // a line for the user
@@ -47,6 +49,9 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
 // What one data-parallel rank trains and validates on.
 std::unique_ptr<DataSource> training_data(const RunPlan& plan, int dp_rank);
 std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank);  // null where there is none
+
+// The logits channel of a run with a teacher.
+ChannelShape channel_shape(const RunPlan& plan);
 
 // A run that does not resume refuses to mix its checkpoints with those of an older one.
 void check_no_old_checkpoints(const Config& config);

@@ -133,6 +133,9 @@ std::vector<ConfigProblem> rule_violations(const Config& config) {
     check_devices(config.teacher, "teacher", problems);
     check_roles_agree(config, problems);
   }
+  const std::filesystem::path name = config.exp_name;
+  if (name.is_absolute() || std::find(name.begin(), name.end(), "..") != name.end())
+    problems.push_back({"exp_name", text("is '", config.exp_name, "': expected a name that stays within output_dir")});
   if (config.peer_timeout < config.peer_dead_after)
     problems.push_back(
         {"peer_timeout", text("is ", config.peer_timeout.count(), " s: expected at least peer_dead_after, ",

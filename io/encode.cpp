@@ -122,10 +122,7 @@ class Encoding {
 
 EncodedRecords encode_records(const std::vector<Record>& records, const EncodeText& encode, const RenderChat& render,
                               const EncodeOptions& options) {
-  EncodedRecords encoded = Encoding(records, encode, render, options).run();
-  check_input(encoded.samples.size() > 0, "none of ", records.size(), " records has an answer that begins within ",
-              options.sequence_length, " tokens (sequence_length)");
-  return encoded;
+  return Encoding(records, encode, render, options).run();
 }
 
 }  // namespace distill

@@ -33,7 +33,7 @@ struct EncodedRecords {
   std::int64_t left_out = 0;   // records without a supervised position, after truncation
 };
 
-// The result does not depend on the number of threads. No usable record at all is an input error.
+// The result does not depend on the number of threads.
 EncodedRecords encode_records(const std::vector<Record>& records, const EncodeText& encode, const RenderChat& render,
                               const EncodeOptions& options);
 

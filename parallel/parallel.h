@@ -44,6 +44,10 @@ struct ChannelShape {
   int slots = 4;
 };
 
+// Shared memory that a channel takes, and what this node has left (the most there can be where it has no limit).
+std::size_t channel_bytes(const ChannelShape& shape);
+std::uint64_t shared_memory_available();
+
 // The logits channel between two ranks of one node: the teacher's memory is read in place by the student. Both call,
 // the student with the teacher's rank in group and the teacher with the student's, with the same shape. Too little
 // shared memory is an input error on both.

@@ -13,6 +13,7 @@
 
 #include "core/error.h"
 #include "parallel/liveness.h"
+#include "parallel/parallel.h"
 
 namespace distill {
 
@@ -24,14 +25,13 @@ std::byte* map(int fd, std::size_t bytes, const std::string& name) {
   return static_cast<std::byte*>(memory);
 }
 
-// Free bytes of /dev/shm; the most there can be where it has no limit.
-std::uint64_t available_bytes() {
+}  // namespace
+
+std::uint64_t shared_memory_available() {
   struct statvfs info {};
   if (statvfs("/dev/shm", &info) != 0 || info.f_blocks == 0) return UINT64_MAX;
   return std::uint64_t(info.f_bavail) * info.f_frsize;
 }
-
-}  // namespace
 
 SharedSegment SharedSegment::create(std::size_t bytes, const std::string& purpose) {
   SharedSegment segment;
@@ -43,7 +43,7 @@ SharedSegment SharedSegment::create(std::size_t bytes, const std::string& purpos
   } while (!file && errno == EEXIST);
   check_input(bool(file), purpose, ": cannot make shared memory in /dev/shm: ", std::strerror(errno));
   segment.is_linked_ = true;
-  const std::uint64_t available = available_bytes();
+  const std::uint64_t available = shared_memory_available();
   int error = bytes > available ? ENOSPC : EINTR;
   while (error == EINTR) error = posix_fallocate(file.get(), 0, off_t(bytes));
   check_input(error == 0, purpose, " needs ", bytes, " bytes of shared memory, /dev/shm has ", available,

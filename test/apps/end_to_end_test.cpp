@@ -74,7 +74,10 @@ validation:
 )");
     head("train.jsonl", 60);
     head("validation.jsonl", 10);
+    folder_.write("long.jsonl", R"({"question": ")" + std::string(2000, 'q') + R"(", "answer": "a"})" + "\n");
   }
+
+  void write(const std::string& name, const std::string& text) const { folder_.write(name, text); }
 
   std::string path(const std::string& name) const { return folder_.path(name); }
 
@@ -255,10 +258,49 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"teacher_pretrain=" + shop.path("teacher")}, "a teacher must be a trained model");
   refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"));
   refused({"student.training_args.per_device_train_batch_size=40"}, "expected at least 80");
-  refused({"sequence_length=4"}, "none of 60 records has an answer");
+  refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"));
+  refused({"validation.data_args.file_name=" + shop.path("long.jsonl")}, "none of the 1 records of " + shop.path("long.jsonl"));
+  refused({"output_dir=" + shop.path("train.jsonl")},
+          "cannot write to " + shop.path("train.jsonl/wrong") + ": " + shop.path("train.jsonl") + " is not a folder");
+  refused({"exp_name=../elsewhere"}, "expected a name that stays within output_dir");
+  refused({"resume_from_checkpoint=" + shop.path("no-checkpoint")}, shop.path("no-checkpoint"));
   // The same on two ranks is one message, not two.
   refused({"student_pretrain=" + shop.path("nowhere")}, "distill: ", 2);
   refused({}, "3 ranks", 3);
+}
+
+TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  shop.write("some-bad.jsonl", contents(shop.path("train.jsonl")) + "{\"question\": 1}\n");
+  const auto check = [&](std::vector<std::string> overrides) {
+    std::vector<std::string> arguments{"check", "--config", shop.path("run.yaml")};
+    arguments.insert(arguments.end(), overrides.begin(), overrides.end());
+    const auto result = Process(shop.command(arguments)).wait();
+    INFO(result.output);
+    CHECK(result.code == 0);
+    return result.output;
+  };
+  CHECK_THAT(check({}), !Catch::Contains("warning:"));
+  const std::string bad = check({"student.data_args.file_name=" + shop.path("some-bad.jsonl"),
+                                 "student.data_args.skip_bad_records=true", "teacher.data_args.file_name=other.jsonl"});
+  CHECK_THAT(bad, Catch::Contains("warning: 1 of 61 records cannot be used:") &&
+                      Catch::Contains(shop.path("some-bad.jsonl") + ":61: record 61"));
+  CHECK_THAT(bad, Catch::Contains("teacher.data_args.file_name is ignored"));
+  CHECK_THAT(check({"student.device_mapping=[0, 1]", "teacher.device_mapping=[2, 3]"}),
+             Catch::Contains("student.device_mapping names 2 devices, this run has 1 rank a role") &&
+                 Catch::Contains("teacher.device_mapping names 2 devices"));
+  CHECK_THAT(check({"student.model_args.disable_gradient_checkpointing=true",
+                    "student.strategy_args.strategy_config.recompute_granularity=full"}),
+             Catch::Contains("recompute_granularity changes nothing"));
+  CHECK_THAT(check({"--ranks", "2", "logits_chunk=100000", "logits_ring_slots=1000000"}),
+             Catch::Contains("lower logits_chunk or logits_ring_slots"));
+  // A context shorter than the longest record.
+  const std::string config = shop.path("student/config.json");
+  std::string text = contents(config);
+  text.replace(text.find(": 128"), 5, ": 16");
+  std::ofstream(config, std::ios::binary) << text;
+  CHECK_THAT(check({}), Catch::Contains("the student was made for 16 (max_position_embeddings)"));
 }
 
 TEST_CASE("student and teacher with different tokenizers are refused", "[e2e]") {

@@ -6,11 +6,6 @@
 #include <cstdlib>
 #include <iostream>
 
-#if defined(__SANITIZE_ADDRESS__)
-// The leak checker knows what the MPI library keeps by the names of its files (lsan.supp), so they stay loaded.
-extern "C" __attribute__((visibility("default"))) int dlclose(void*) { return 0; }
-#endif
-
 namespace {
 
 distill::MpiSession* session = nullptr;
