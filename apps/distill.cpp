@@ -1,6 +1,7 @@
 // distill: trains a student language model to match a teacher. Assembles the parts and owns nothing else.
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <iostream>
 #include <string>
@@ -30,6 +31,14 @@ Grid plan_grid(const Config& config, Communicator& world, int ranks) {
                    config.needs_teacher());
 }
 
+Patience patience_of(const Config& config) {
+  const auto milliseconds = [](Seconds time) { return std::chrono::ceil<std::chrono::milliseconds>(time); };
+  Patience patience;
+  patience.peer_dead_after = milliseconds(config.peer_dead_after);
+  patience.peer_timeout = milliseconds(config.peer_timeout);
+  return patience;
+}
+
 ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
   Communicator& world = mpi.world();
   const bool speaks = world.rank() == 0;
@@ -39,27 +48,22 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
   CommandLine command;
   std::optional<RunPlan> plan;
   int threads = 1;
-  // What goes wrong on any rank here is one message and one exit code for all.
-  try {
-    world.run_together([&] { command = parse_command_line(arguments, version_text); });
-    if (command.command == Command::print) {
-      if (speaks) std::cout << command.output;
-      return ExitCode::ok;
-    }
-    threads = compute_threads(world);
-    world.run_together([&] {
-      const ConfigFile file = read_config(command.config, command.overrides, Capabilities{});
-      if (speaks)
-        for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
-      if (command.command == Command::train) check_no_old_checkpoints(file.config);
-      const Say progress = progress_line(speaks);
-      plan.emplace(make_plan(file, plan_grid(file.config, world, command.ranks), threads, progress));
-      progress("");
-    });
-  } catch (const Error& error) {
-    if (speaks) std::cerr << "distill: " << error.what() << std::endl;
-    return error.code();
+  world.run_together([&] { command = parse_command_line(arguments, version_text); });
+  if (command.command == Command::print) {
+    if (speaks) std::cout << command.output;
+    return ExitCode::ok;
   }
+  threads = compute_threads(world);
+  world.run_together([&] {
+    const ConfigFile file = read_config(command.config, command.overrides, Capabilities{});
+    world.set_patience(patience_of(file.config));
+    if (speaks)
+      for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
+    if (command.command == Command::train) check_no_old_checkpoints(file.config);
+    const Say progress = progress_line(speaks);
+    plan.emplace(make_plan(file, plan_grid(file.config, world, command.ranks), threads, progress));
+    progress("");
+  });
   if (speaks)
     for (const std::string& warning : plan->warnings) std::cerr << "warning: " << warning << std::endl;
   say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));
@@ -78,6 +82,12 @@ void spin_briefly(char** argv) {
   if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
   setenv("GOMP_SPINCOUNT", "1000", 1);
   execv("/proc/self/exe", argv);  // returns only where /proc is missing: then all goes on, waiting as before
+}
+
+// What all ranks know of is one message and one exit code; they end together.
+int leave(MpiSession& mpi, const CommonError& error) {
+  if (mpi.world().rank() == 0) std::cerr << "distill: " << error.what() << std::endl;
+  return int(error.code());
 }
 
 // What one rank cannot survive ends all of them.
@@ -101,6 +111,8 @@ int main(int argc, char** argv) {
   MpiSession mpi(argc, argv);
   try {
     return int(run(mpi, std::vector<std::string>(argv + 1, argv + argc)));
+  } catch (const CommonError& error) {
+    return leave(mpi, error);
   } catch (const Error& error) {
     return end_run(mpi, error.what(), error.code());
   } catch (const std::exception& error) {

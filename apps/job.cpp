@@ -100,14 +100,6 @@ struct TeacherSide {
   }
 };
 
-void run_teacher(const RunPlan& plan, Device& device, Communicator& world, const Place& place, const Sizes& sizes,
-                 const DataSource& data) {
-  TeacherSide side(device, plan, sizes);
-  const std::unique_ptr<LogitsSink> sink = open_shared_sink(world, place.partner, channel_shape(plan));
-  const std::int64_t first_step = std::stoll(world.broadcast("", /*root=*/0));
-  TeacherLoop{device, side.teacher, data, *sink, plan.logits_chunk}.run(first_step, plan.total_steps);
-}
-
 struct StudentSide {
   Transformer model;
   Optimizer optimizer;
@@ -187,6 +179,24 @@ void export_student(const std::string& folder, const RunPlan& plan, Device& devi
   export_model(folder, {.model = source, .tokenizer = source}, model.table(), model.dtype(), read);
 }
 
+// What the first student writes beside checkpoints and export.
+std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, const RunPlan& plan,
+                                                      std::int64_t first_step, const CsvSink::Warn& warn) {
+  const Config& config = plan.config;
+  const std::filesystem::path log_dir = config.log_dir();
+  std::error_code error;
+  std::filesystem::create_directories(log_dir, error);
+  check_input(!error, log_dir.string(), ": cannot create: ", error.message());
+  std::vector<std::unique_ptr<MetricSink>> sinks;
+  // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
+  const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
+  sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps));
+  sinks.push_back(std::make_unique<CsvSink>((log_dir / "metrics.csv").string(), metric_names(), first_step, warn));
+  folder.clear_finished();
+  write_durably(folder.file("config.yaml"), to_yaml(config));
+  return sinks;
+}
+
 }  // namespace
 
 ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Say& say) {
@@ -205,52 +215,57 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Sa
                     .supervised = std::max(data->most_supervised(), validation ? validation->most_supervised() : 0),
                     .longest = std::max(plan.train.longest, plan.validation ? plan.validation->longest : 0)};
   catch_stop_signals();
-  if (place.role == Role::teacher) {
-    run_teacher(plan, *device, world, place, sizes, *data);
-    return ExitCode::ok;
-  }
 
-  const double peak_flops =
-      config.peak_flops.value.value_or(measure_peak_flops(*device, config.student.model_args.dtype));
-  StudentSide student(*device, plan, sizes);
-  std::optional<TeacherSide> local_teacher;
+  // Each step of the preparation succeeds on all ranks or on none, so that what is wrong is said once.
+  const bool studies = place.role != Role::teacher, teaches = place.role != Role::student && plan.teacher;
+  std::optional<StudentSide> student;
+  std::optional<TeacherSide> teacher;
+  world.run_together([&] {
+    if (studies) student.emplace(*device, plan, sizes);
+    if (teaches) teacher.emplace(*device, plan, sizes);
+  });
   std::unique_ptr<TeacherSource> source;
-  if (place.role == Role::both && plan.teacher) {
-    local_teacher.emplace(*device, plan, sizes);
-    source = std::make_unique<LocalTeacher>(*device, local_teacher->teacher, config.teacher.model_args.dtype,
-                                            plan.logits_chunk);
-  } else if (plan.teacher) {
-    source = open_shared_source(world, place.partner, channel_shape(plan));
-  }
+  std::unique_ptr<LogitsSink> sink;
+  world.run_together([&] {
+    if (studies && teaches)
+      source =
+          std::make_unique<LocalTeacher>(*device, teacher->teacher, config.teacher.model_args.dtype, plan.logits_chunk);
+    else if (teaches)
+      sink = open_shared_sink(world, place.partner, channel_shape(plan));
+    else if (plan.teacher)
+      source = open_shared_source(world, place.partner, channel_shape(plan));
+  });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   // Every student holds the whole state, so the first one writes it and each reads it.
   Alone self;
   CheckpointFolder checkpoints(
       config.checkpoint_dir().string(), checkpoint_run(plan, threads), {}, config.max_ckpt_to_keep, *device, self,
       leads ? CheckpointFolder::Warn(warn) : [](const std::string&) {});
-  TrainState state = resume(plan, checkpoints, student, *groups.role, say);
-  world.broadcast(std::to_string(state.step), /*root=*/0);
-
+  TrainState state;
   std::vector<std::unique_ptr<MetricSink>> sinks;
-  if (leads) {
-    folder->clear_finished();
-    write_durably(folder->file("config.yaml"), to_yaml(config));
-    std::filesystem::create_directories(config.log_dir());
-    // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
-    const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
-    sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps));
-    sinks.push_back(
-        std::make_unique<CsvSink>((config.log_dir() / "metrics.csv").string(), metric_names(), state.step, warn));
+  world.run_together([&] {
+    if (studies) state = resume(plan, checkpoints, *student, *groups.role, say);
+    if (leads) sinks = open_outputs(*folder, plan, state.step, warn);
+  });
+  const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
+  if (!studies) {
+    TeacherLoop{*device, teacher->teacher, *data, *sink, plan.logits_chunk}.run(first_step, plan.total_steps);
+    return ExitCode::ok;
   }
+
+  const double peak_flops =
+      config.peak_flops.value ? *config.peak_flops.value : measure_peak_flops(*device, config.student.model_args.dtype);
   TrainerHooks hooks;
   hooks.report = [&](const MetricRecord& record) {
     for (const auto& sink : sinks) sink->write(record);
   };
   hooks.save = [&](const TrainState& at) {
-    if (leads) checkpoints.save(at, state_tensors(student));
+    groups.role->run_together([&] {
+      if (leads) checkpoints.save(at, state_tensors(*student));
+    });
   };
   hooks.stop_requested = [&] { return groups.dp->any(stop_signal_came()); };
-  Trainer trainer(*device, student.model, student.optimizer, source.get(), *data, validation.get(), *groups.dp,
+  Trainer trainer(*device, student->model, student->optimizer, source.get(), *data, validation.get(), *groups.dp,
                   trainer_options(plan, peak_flops), std::move(hooks));
   device->reset_op_times();
   const Trainer::End end = trainer.run(state);
@@ -261,12 +276,13 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Sa
              "; run the same command with resume_from_checkpoint=true to go on"));
     return ExitCode::interrupted;
   }
-  if (leads) {
+  groups.role->run_together([&] {
+    if (!leads) return;
     const std::string out = folder->file("export");
-    export_student(out, plan, *device, student.model);
+    export_student(out, plan, *device, student->model);
     folder->mark_finished(state.step);
     say(text("finished ", plan.total_steps, " steps; the student is in ", out));
-  }
+  });
   return ExitCode::ok;
 }
 

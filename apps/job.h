@@ -7,7 +7,8 @@
 namespace distill {
 
 // Every rank of world calls it. `say` prints on one rank only. Returns when the run is over or was stopped after
-// saving.
+// saving. What keeps the run from starting, and what stops all students at once, is a CommonError: on every rank where
+// it keeps the run from starting, else on every student, and then the teachers return.
 ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Say& say);
 
 }  // namespace distill

@@ -7,6 +7,7 @@
 #include <sstream>
 #include <thread>
 
+#include "io/run_folder.h"
 #include "test/support/process.h"
 #include "test/support/scratch_folder.h"
 
@@ -259,7 +260,8 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"));
   refused({"student.training_args.per_device_train_batch_size=40"}, "expected at least 80");
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"));
-  refused({"validation.data_args.file_name=" + shop.path("long.jsonl")}, "none of the 1 records of " + shop.path("long.jsonl"));
+  refused({"validation.data_args.file_name=" + shop.path("long.jsonl")},
+          "none of the 1 records of " + shop.path("long.jsonl"));
   refused({"output_dir=" + shop.path("train.jsonl")},
           "cannot write to " + shop.path("train.jsonl/wrong") + ": " + shop.path("train.jsonl") + " is not a folder");
   refused({"exp_name=../elsewhere"}, "expected a name that stays within output_dir");
@@ -267,6 +269,49 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   // The same on two ranks is one message, not two.
   refused({"student_pretrain=" + shop.path("nowhere")}, "distill: ", 2);
   refused({}, "3 ranks", 3);
+}
+
+TEST_CASE("what keeps two ranks from starting after the plan is said once, without an abort", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto refused = [&](const std::string& name, std::vector<std::string> overrides, const std::string& message,
+                           int code = 2) {
+    const auto result = shop.train(name, std::move(overrides), 2);
+    INFO(result.output);
+    CHECK(result.code == code);
+    CHECK(occurrences(result.output, message) == 1);
+    CHECK(occurrences(result.output, "distill: ") == 1);
+    CHECK_THAT(result.output, !Catch::Contains("MPI_ABORT"));
+  };
+  {
+    const distill::RunFolder held(shop.path("held"));
+    refused("held", {}, shop.path("held") + ": is in use by process " + std::to_string(getpid()));
+  }
+  REQUIRE(shop.train("first", {"max_steps=2"}).code == 0);
+  refused("first", {"resume_from_checkpoint=true", "student.model_args.dtype=bf16"}, "another model or another dtype");
+  fs::create_directories(shop.path("logs/no-csv/metrics.csv"));
+  refused("no-csv", {}, shop.path("logs/no-csv/metrics.csv") + ": cannot open: Is a directory");
+  fs::create_directories(shop.path("no-config/config.yaml/full"));
+  refused("no-config", {}, shop.path("no-config/config.yaml") + ": ", 1);
+}
+
+TEST_CASE("the configured patience decides when a silent rank is given up", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  Process run(shop.training(
+      "silent", {"max_steps=100000", "save_steps=0", "eval_steps=0", "peer_dead_after=1s", "peer_timeout=3s"}, 2));
+  const fs::path csv = shop.path("logs/silent/metrics.csv");
+  for (int i = 0; i < 3000 && !(fs::exists(csv) && shop.losses("silent").size() > 2); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const pid_t teacher = run.child_with("OMPI_COMM_WORLD_RANK=1");
+  REQUIRE(teacher > 0);
+  const auto start = std::chrono::steady_clock::now();
+  REQUIRE(kill(teacher, SIGSTOP) == 0);
+  const auto result = run.wait();
+  INFO(result.output);
+  CHECK(result.code == 3);
+  CHECK_THAT(result.output, Catch::Contains("rank 1 on "));
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(15));  // the default is 20
 }
 
 TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {

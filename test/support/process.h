@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -51,6 +52,18 @@ class Process {
   void signal(int number) const { kill(pid_, number); }
   // To the whole group: what a job's end does.
   void signal_group(int number) const { kill(-pid_, number); }
+
+  // Its child with this NAME=value in the environment: a rank of mpirun. 0 where there is none.
+  pid_t child_with(const std::string& variable) const {
+    const std::string own = "/proc/" + std::to_string(pid_);
+    std::ifstream children(own + "/task/" + std::to_string(pid_) + "/children");
+    for (pid_t child; children >> child;) {
+      std::ifstream environment("/proc/" + std::to_string(child) + "/environ");
+      for (std::string one; std::getline(environment, one, '\0');)
+        if (one == variable) return child;
+    }
+    return 0;
+  }
 
   struct Result {
     int code;            // exit code, or 128 + signal
