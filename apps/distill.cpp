@@ -39,7 +39,7 @@ Patience patience_of(const Config& config) {
   return patience;
 }
 
-ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
+ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::time_point started) {
   Communicator& world = mpi.world();
   const bool speaks = world.rank() == 0;
   const Say say = [&](const std::string& line) {
@@ -72,7 +72,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
     say("check: all good");
     return ExitCode::ok;
   }
-  return run_job(*plan, world, threads, say);
+  return run_job(*plan, world, threads, started, say);
 }
 
 // libgomp reads when it is loaded how long a waiting thread spins, by default for milliseconds. Where ranks or other
@@ -108,9 +108,10 @@ int end_run(MpiSession& mpi, const char* message, ExitCode code) {
 int main(int argc, char** argv) {
   using namespace distill;
   spin_briefly(argv);
+  const Clock::time_point started = Clock::now();
   MpiSession mpi(argc, argv);
   try {
-    return int(run(mpi, std::vector<std::string>(argv + 1, argv + argc)));
+    return int(run(mpi, std::vector<std::string>(argv + 1, argv + argc), started));
   } catch (const CommonError& error) {
     return leave(mpi, error);
   } catch (const Error& error) {

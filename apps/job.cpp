@@ -199,7 +199,7 @@ std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, c
 
 }  // namespace
 
-ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Say& say) {
+ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::time_point started, const Say& say) {
   const Config& config = plan.config;
   const Place& place = plan.grid.places[std::size_t(world.rank())];
   const Groups groups = make_groups(world, plan.grid);
@@ -264,7 +264,11 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Sa
       if (leads) checkpoints.save(at, state_tensors(*student));
     });
   };
-  hooks.stop_requested = [&] { return groups.dp->any(stop_signal_came()); };
+  bool is_late = false;
+  hooks.stop_requested = [&] {
+    is_late = leads && config.max_time && Clock::now() - started >= *config.max_time;  // one clock decides for all
+    return groups.role->any(is_late || stop_signal_came());
+  };
   Trainer trainer(*device, student->model, student->optimizer, source.get(), *data, validation.get(), *groups.dp,
                   trainer_options(plan, peak_flops), std::move(hooks));
   device->reset_op_times();
@@ -272,8 +276,8 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Sa
   sinks.clear();
   say(time_report(trainer.times(), trainer.steps_run(), *device, peak_flops));
   if (end == Trainer::End::stopped) {
-    say(text("stopped by a signal after step ", state.step, " of ", plan.total_steps,
-             "; run the same command with resume_from_checkpoint=true to go on"));
+    say(text("stopped by ", is_late ? "the time limit (max_time)" : "a signal", " after step ", state.step, " of ",
+             plan.total_steps, "; run the same command with resume_from_checkpoint=true to go on"));
     return ExitCode::interrupted;
   }
   groups.role->run_together([&] {

@@ -1,14 +1,19 @@
 // The main job: builds the objects of a run from its plan and runs this rank's part of it.
 #pragma once
 
+#include <chrono>
+
 #include "apps/run_plan.h"
 #include "core/communicator.h"
 
 namespace distill {
 
+using Clock = std::chrono::steady_clock;
+
 // Every rank of world calls it. `say` prints on one rank only. Returns when the run is over or was stopped after
 // saving. What keeps the run from starting, and what stops all students at once, is a CommonError: on every rank where
 // it keeps the run from starting, else on every student, and then the teachers return.
-ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, const Say& say);
+// max_time counts from `started`.
+ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::time_point started, const Say& say);
 
 }  // namespace distill

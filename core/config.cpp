@@ -82,8 +82,6 @@ constexpr auto lacking = std::to_array<Lacking>({
      [](const Config& c, const Capabilities&) { return c.teacher_payload == TeacherPayload::hidden; }},
     {"logits_transfer_backend", "nccl-only is not yet supported: expected ipc+nccl",
      [](const Config& c, const Capabilities&) { return c.logits_transfer_backend == LogitsTransfer::network; }},
-    {"max_time", "a time limit is not yet supported: expected ~ (none)",
-     [](const Config& c, const Capabilities&) { return c.max_time.has_value(); }},
     {"profiler_timeline", "true is not yet supported: expected false",
      [](const Config& c, const Capabilities&) { return c.profiler_timeline; }},
     {"track_with", "hdf5 is not yet supported: expected csv",

@@ -244,6 +244,30 @@ TEST_CASE("a signal saves, leaves with 85, and the same command goes on", "[e2e]
   CHECK(shop.losses("stopped").size() == done + 2);
 }
 
+TEST_CASE("a time limit saves, leaves with 85, and the same command goes on", "[e2e]") {
+  const int ranks = GENERATE(0, 2);
+  const Workshop shop;
+  shop.make_teacher();
+  std::vector<std::string> limited{"max_steps=3", "save_steps=0", "eval_steps=0", "resume_from_checkpoint=true",
+                                   "max_time=1ms"};
+  for (int step = 1; step <= 2; ++step) {
+    const auto result = shop.train("limited", limited, ranks);
+    INFO(result.output);
+    CHECK(result.code == 85);
+    CHECK_THAT(result.output,
+               Catch::Contains("stopped by the time limit (max_time) after step " + std::to_string(step) + " of 3"));
+  }
+  CHECK_FALSE(fs::exists(shop.path("limited/finished")));
+  // The last step needs no permission to end.
+  const auto result = shop.train("limited", limited, ranks);
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK(shop.losses("limited").size() == 3);
+  limited.back() = "max_time=10min";
+  CHECK(shop.train("unlimited", limited, ranks).code == 0);
+  CHECK(shop.losses("limited") == shop.losses("unlimited"));
+}
+
 TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();

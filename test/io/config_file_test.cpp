@@ -554,7 +554,6 @@ TEST_CASE("a value whose feature is not there yet is an error where it is writte
        "logits_transfer_backend: nccl-only is not yet supported: expected ipc+nccl"},
       {"logits_transfer_backend: nccl_only",
        "logits_transfer_backend: nccl-only is not yet supported: expected ipc+nccl"},
-      {"max_time: 3h55m", "max_time: a time limit is not yet supported: expected ~ (none)"},
       {"profiler_timeline: true", "profiler_timeline: true is not yet supported: expected false"},
       {"track_with: hdf5", "track_with: hdf5 is not yet supported: expected csv"},
       {"track_with: [csv, tensorboard]", "track_with: tensorboard is not yet supported: expected csv"},
