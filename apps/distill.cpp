@@ -59,9 +59,14 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     world.set_patience(patience_of(file.config));
     if (speaks)
       for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
-    if (command.command == Command::train) check_no_old_checkpoints(file.config);
+    const Grid grid = plan_grid(file.config, world, command.ranks);
+    // A check for other ranks than these does not know their threads. Training says what differs when it resumes.
+    const auto differences =
+        check_checkpoints(file, checkpoint_run(file.config, grid, command.ranks > 0 ? 0 : threads));
+    if (speaks && command.command == Command::check)
+      for (const std::string& difference : differences) std::cerr << "warning: " << difference << std::endl;
     const Say progress = progress_line(speaks);
-    plan.emplace(make_plan(file, plan_grid(file.config, world, command.ranks), threads, progress));
+    plan.emplace(make_plan(file, grid, threads, progress));
     progress("");
   });
   if (speaks)

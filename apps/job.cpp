@@ -133,18 +133,6 @@ std::vector<CheckpointTensor> state_tensors(StudentSide& student) {
   return tensors;
 }
 
-CheckpointRun checkpoint_run(const RunPlan& plan, int threads) {
-  const TrainingArgs& t = plan.config.student.training_args;
-  CheckpointRun run;
-  run.version = DISTILL_VERSION;
-  run.config = to_yaml(plan.config);
-  run.seed = std::uint64_t(plan.config.seed);
-  run.threads = threads;
-  run.samples_per_step =
-      std::int64_t(t.per_device_train_batch_size) * t.gradient_accumulation_steps * plan.grid.sizes.dp;
-  return run;
-}
-
 // Where the run starts: at a checkpoint or at the beginning. All students call it; the first one decides.
 TrainState resume(const RunPlan& plan, CheckpointStore& store, StudentSide& student, Communicator& students,
                   const Say& say) {
@@ -239,8 +227,8 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::t
   // Every student holds the whole state, so the first one writes it and each reads it.
   Alone self;
   CheckpointFolder checkpoints(
-      config.checkpoint_dir().string(), checkpoint_run(plan, threads), {}, config.max_ckpt_to_keep, *device, self,
-      leads ? CheckpointFolder::Warn(warn) : [](const std::string&) {});
+      config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads), {}, config.max_ckpt_to_keep,
+      *device, self, leads ? CheckpointFolder::Warn(warn) : [](const std::string&) {});
   TrainState state;
   std::vector<std::unique_ptr<MetricSink>> sinks;
   world.run_together([&] {

@@ -13,7 +13,6 @@
 #include "core/distill/head_loss.h"
 #include "core/model/params.h"
 #include "io/chat_template.h"
-#include "io/checkpoint_manifest.h"
 #include "io/model_folder.h"
 #include "io/records.h"
 #include "io/tokenizer.h"
@@ -52,6 +51,18 @@ std::string joined(const std::vector<std::string>& words) {
   return all;
 }
 
+// The key that chose a role's model folder.
+std::string model_key(const ConfigFile& file, std::string_view role) {
+  const std::string of_role = text(role, ".model_args.model_name_or_path");
+  return file.written.contains(of_role) ? of_role : text(role, "_pretrain");
+}
+
+// The key that chose the template of records; that of validation is by default the student's.
+std::string template_key(const ConfigFile& file, std::string_view data_key) {
+  const std::string own = text(data_key.substr(0, data_key.rfind('.')), ".template");
+  return file.written.contains(own) ? own : "student.data_args.template";
+}
+
 // `key` is where `files` was configured.
 DataSet read_data(const ConfigFile& file, std::string_view key, const std::vector<std::string>& files,
                   const std::string& template_name, const Tokenizer& tokenizer, int threads, const Say& progress) {
@@ -60,8 +71,11 @@ DataSet read_data(const ConfigFile& file, std::string_view key, const std::vecto
                             .answer = config.answer_key,
                             .prompt = config.prompt_key,
                             .system = config.system_key};
-  const Records records = read_records(files, fields, config.student.data_args.skip_bad_records);
-  const ChatTemplate chat = ChatTemplate::load(template_name, config.student.model_args.model_name_or_path);
+  Records records;
+  file.reading(key, [&] { records = read_records(files, fields, config.student.data_args.skip_bad_records); });
+  std::optional<ChatTemplate> chat;
+  file.reading(template_key(file, key),
+               [&] { chat.emplace(ChatTemplate::load(template_name, config.student.model_args.model_name_or_path)); });
   EncodeOptions options;
   options.sequence_length = config.sequence_length;
   options.distill_on_prompt = config.distill_on_prompt;
@@ -71,9 +85,10 @@ DataSet read_data(const ConfigFile& file, std::string_view key, const std::vecto
   };
   EncodedRecords encoded = encode_records(
       records.records, [&](std::string_view t) { return tokenizer.encode(t); },
-      [&](std::span<const Message> conversation, bool prompt) { return chat.render(conversation, prompt); }, options);
-  check_input(encoded.samples.size() > 0, file.where(key), ": none of the ", records.records.size(), " records of ",
-              joined(files), " has an answer that begins within ", config.sequence_length, " tokens (sequence_length)");
+      [&](std::span<const Message> conversation, bool prompt) { return chat->render(conversation, prompt); }, options);
+  check_input(encoded.samples.size() > 0, file.where(key), ": ", key, ": none of the ", records.records.size(),
+              " records of ", joined(files), " has an answer that begins within ", config.sequence_length,
+              " tokens (sequence_length)");
   DataSet data;
   if (records.bad > 0) data.bad_records = records.describe_bad();
   data.bad = records.bad;
@@ -105,8 +120,9 @@ void check_can_write(const ConfigFile& file, std::string_view key, const fs::pat
   fs::path nearest = fs::absolute(folder);
   while (nearest.has_relative_path() && !fs::exists(nearest, ignored)) nearest = nearest.parent_path();
   const bool is_folder = fs::is_directory(nearest, ignored);
-  check_input(is_folder && access(nearest.c_str(), W_OK | X_OK) == 0, file.where(key), ": cannot write to ",
-              folder.string(), ": ", nearest.string(), is_folder ? text(": ", std::strerror(errno)) : " is not a folder");
+  check_input(is_folder && access(nearest.c_str(), W_OK | X_OK) == 0, file.where(key), ": ", key, ": cannot write to ",
+              folder.string(), ": ", nearest.string(),
+              is_folder ? text(": ", std::strerror(errno)) : " is not a folder");
 }
 
 void check_run_folders(const ConfigFile& file) {
@@ -114,7 +130,6 @@ void check_run_folders(const ConfigFile& file) {
   check_can_write(file, "output_dir", config.run_dir());
   check_can_write(file, "checkpoint_config.output_dir", config.checkpoint_dir());
   check_can_write(file, "logging_dir", config.log_dir());
-  if (const std::string& path = config.resume_from_checkpoint.path; !path.empty()) read_manifest(path);
 }
 
 // What is legal and yet may not be meant.
@@ -143,8 +158,9 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   if (plan.teacher) check_devices("teacher", config.teacher);
   if (config.student.model_args.disable_gradient_checkpointing &&
       config.student.strategy_args.strategy_config.recompute_granularity)
-    warn("student.strategy_args.strategy_config.recompute_granularity changes nothing: "
-         "student.model_args.disable_gradient_checkpointing is true");
+    warn(
+        "student.strategy_args.strategy_config.recompute_granularity changes nothing: "
+        "student.model_args.disable_gradient_checkpointing is true");
   const std::vector<std::string>& teacher_files = config.teacher.data_args.file_name;
   if (plan.teacher && !teacher_files.empty() && teacher_files != config.student.data_args.file_name)
     warn("teacher.data_args.file_name is ignored: both roles read the student's records");
@@ -175,36 +191,39 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
   const std::string &student_folder = config.student.model_args.model_name_or_path,
                     &teacher_folder = config.teacher.model_args.model_name_or_path;
 
-  plan.student = read_model_spec(student_folder);
-  const Tokenizer tokenizer = Tokenizer::load(student_folder);
-  plan.vocabulary = tokenizer.vocabulary_size();
-  check_vocabulary(plan.student, student_folder, plan.vocabulary);
-  {
+  std::optional<Tokenizer> tokenizer;
+  file.reading(model_key(file, "student"), [&] {
+    plan.student = read_model_spec(student_folder);
+    tokenizer.emplace(Tokenizer::load(student_folder));
+    plan.vocabulary = tokenizer->vocabulary_size();
+    check_vocabulary(plan.student, student_folder, plan.vocabulary);
     const ParamTable table = param_table(plan.student);
     plan.student_has_weights = ModelWeights::open(student_folder, table).has_value();
-  }
-  if (config.needs_teacher()) {
-    plan.teacher = read_model_spec(teacher_folder);
-    check_same_tokenizer(tokenizer, student_folder, teacher_folder);
-    check_vocabulary(*plan.teacher, teacher_folder, plan.vocabulary);
-    const ParamTable table = param_table(*plan.teacher);
-    check_input(ModelWeights::open(teacher_folder, table).has_value(), teacher_folder,
-                ": no weights (model.safetensors or model.safetensors.index.json): a teacher must be a trained model");
-  }
+  });
+  if (config.needs_teacher())
+    file.reading(model_key(file, "teacher"), [&] {
+      plan.teacher = read_model_spec(teacher_folder);
+      check_same_tokenizer(*tokenizer, student_folder, teacher_folder);
+      check_vocabulary(*plan.teacher, teacher_folder, plan.vocabulary);
+      const ParamTable table = param_table(*plan.teacher);
+      check_input(ModelWeights::open(teacher_folder, table).has_value(), teacher_folder,
+                  ": no weights (model.safetensors or model.safetensors.index.json): a teacher must be a trained "
+                  "model");
+    });
 
   const DataArgs& data = config.student.data_args;
-  plan.train = read_data(file, "student.data_args.file_name", data.file_name, data.template_name, tokenizer, threads,
-                         progress);
+  plan.train =
+      read_data(file, "student.data_args.file_name", data.file_name, data.template_name, *tokenizer, threads, progress);
   const ValidationDataArgs& held_out = config.validation.data_args;
   if (!held_out.file_name.empty())
     plan.validation = read_data(file, "validation.data_args.file_name", held_out.file_name, held_out.template_name,
-                                tokenizer, threads, progress);
+                                *tokenizer, threads, progress);
 
   const TrainingArgs& training = config.student.training_args;
   const std::int64_t global_batch = data_plan(plan, 0).shape.global();
-  check_input(plan.train.samples.size() >= global_batch, file.where("student.data_args.file_name"), ": ",
-              plan.train.samples.size(), " usable records: expected at least ", global_batch,
-              ", one global batch (per_device_train_batch_size ", training.per_device_train_batch_size,
+  check_input(plan.train.samples.size() >= global_batch, file.where("student.data_args.file_name"),
+              ": student.data_args.file_name: ", plan.train.samples.size(), " usable records: expected at least ",
+              global_batch, ", one global batch (per_device_train_batch_size ", training.per_device_train_batch_size,
               " × gradient_accumulation_steps ", training.gradient_accumulation_steps, " × dp ", plan.grid.sizes.dp,
               ")");
   plan.steps_per_epoch = plan.train.samples.size() / global_batch;
@@ -240,14 +259,46 @@ ChannelShape channel_shape(const RunPlan& plan) {
           .slots = plan.config.logits_ring_slots};
 }
 
-void check_no_old_checkpoints(const Config& config) {
-  const std::filesystem::path folder = config.checkpoint_dir();
-  if (config.resume_from_checkpoint.wanted || !std::filesystem::is_directory(folder)) return;
-  for (const auto& entry : std::filesystem::directory_iterator(folder))
+CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads) {
+  const TrainingArgs& t = config.student.training_args;
+  CheckpointRun run;
+  run.version = DISTILL_VERSION;
+  run.config = to_yaml(config);
+  run.seed = std::uint64_t(config.seed);
+  run.threads = threads;
+  run.samples_per_step = std::int64_t(t.per_device_train_batch_size) * t.gradient_accumulation_steps * grid.sizes.dp;
+  return run;
+}
+
+namespace {
+
+void check_no_old_checkpoints(const fs::path& folder) {
+  std::error_code missing;
+  for (const auto& entry : fs::directory_iterator(folder, missing))
     check_input(!entry.path().filename().string().starts_with("step-"), folder.string(),
                 ": holds checkpoints of an earlier run (", entry.path().filename().string(),
                 "): set resume_from_checkpoint=true to go on with it, choose another exp_name, or remove the folder to "
                 "start again");
+}
+
+}  // namespace
+
+std::vector<std::string> check_checkpoints(const ConfigFile& file, const CheckpointRun& run) {
+  const Resume& wanted = file.config.resume_from_checkpoint;
+  const fs::path folder = file.config.checkpoint_dir();
+  std::vector<std::string> differences;
+  if (!wanted.wanted) {
+    check_no_old_checkpoints(folder);
+    return differences;
+  }
+  file.reading("resume_from_checkpoint", [&] {
+    if (!wanted.path.empty()) {
+      differences = check_continues(wanted.path, read_manifest(wanted.path), run);
+    } else if (const auto all = complete_checkpoints(folder.string(), [](const std::string&) {}); !all.empty()) {
+      differences = check_continues(all.front().path, all.front().manifest, run);
+    }
+  });
+  return differences;
 }
 
 std::string count_text(double count) {

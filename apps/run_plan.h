@@ -11,6 +11,7 @@
 #include "core/model/spec.h"
 #include "core/optim/schedule.h"
 #include "core/train/data_source.h"
+#include "io/checkpoint_manifest.h"
 #include "io/config_file.h"
 #include "io/encode.h"
 #include "parallel/grid.h"
@@ -22,8 +23,8 @@ struct DataSet {
   Samples samples;
   std::int64_t bad = 0, truncated = 0, left_out = 0;  // records
   std::string bad_records;                            // what is wrong with the first of them
-  int longest = 0;                      // tokens
-  std::int64_t supervised = 0;          // positions, all samples
+  int longest = 0;                                    // tokens
+  std::int64_t supervised = 0;                        // positions, all samples
 };
 
 struct RunPlan {
@@ -53,8 +54,12 @@ std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank);  
 // The logits channel of a run with a teacher.
 ChannelShape channel_shape(const RunPlan& plan);
 
-// A run that does not resume refuses to mix its checkpoints with those of an older one.
-void check_no_old_checkpoints(const Config& config);
+// What the run's checkpoints say of it; `threads` of a student rank, 0 where that is not known.
+CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads);
+
+// A run that does not resume refuses to mix its checkpoints with those of an older one; one that does must fit the
+// checkpoint that it goes on from. The result says what will be different, one line each.
+std::vector<std::string> check_checkpoints(const ConfigFile& file, const CheckpointRun& run);
 
 // The plan in a few lines.
 std::string describe(const RunPlan& plan);

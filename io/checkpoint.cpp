@@ -6,12 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <limits>
-#include <map>
 
 #include "core/error.h"
 #include "io/crc32c.h"
@@ -24,27 +22,15 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view name_prefix = "step-";
-
 std::string name_of_step(std::int64_t step) {
   std::array<char, 32> name{};
   std::snprintf(name.data(), name.size(), "step-%06lld", static_cast<long long>(step));
   return name.data();
 }
 
-std::optional<std::int64_t> step_in(std::string_view name) {
-  if (!name.starts_with(name_prefix)) return std::nullopt;
-  name.remove_prefix(name_prefix.size());
-  std::int64_t step = 0;
-  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), step);
-  return error == std::errc() && end == name.data() + name.size() ? std::optional(step) : std::nullopt;
-}
-
 std::string shard_name(const StoredPlace& place) {
   return text("student-pp", place.pp, "-tp", place.tp, "-dp", place.dp, ".h5");
 }
-
-std::string describe(const StoredGrid& grid) { return text("tp ", grid.tp, ", pp ", grid.pp, ", dp ", grid.dp); }
 
 std::string describe(const StoredMatrix& m) {
   return text(name_of(m.dtype), " [", m.rows, ", ", m.cols, "] at [", m.first_row, ", ", m.first_col, "] of [",
@@ -80,12 +66,6 @@ void check_space(const std::string& path, std::uint64_t bytes) {
 
 }  // namespace
 
-// A checkpoint whose manifest and file sizes are right.
-struct CheckpointFolder::Candidate {
-  std::string path;
-  CheckpointManifest manifest;
-};
-
 CheckpointFolder::CheckpointFolder(std::string folder, CheckpointRun run, const StoredPlace& place, int keep,
                                    Device& device, Communicator& ranks, Warn warn)
     : folder_(std::move(folder)),
@@ -109,7 +89,8 @@ void CheckpointFolder::save(const TrainState& state, const std::vector<Checkpoin
     if (!is_first) return;
     remove_leftovers(folder_);
     if (serial_ == 0)
-      for (const Candidate& older : complete_ones(Report::no)) serial_ = std::max(serial_, older.manifest.serial);
+      for (const CompleteCheckpoint& older : complete_checkpoints(folder_, [](const std::string&) {}))
+        serial_ = std::max(serial_, older.manifest.serial);
     partial = out.emplace(path).partial();
   });
   partial = ranks_.broadcast(partial, 0);
@@ -156,41 +137,12 @@ StoredShard CheckpointFolder::write_shard(const std::string& folder,
   return shard;
 }
 
-// Newest first. Later ones that are not complete are reported, the last one first.
-std::vector<CheckpointFolder::Candidate> CheckpointFolder::complete_ones(Report report) const {
-  std::vector<Candidate> found;
-  std::map<std::int64_t, std::string> problems;  // by step
-  std::error_code missing;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder_, missing)) {
-    const std::string path = entry.path();
-    const auto step = step_in(entry.path().filename().string());
-    if (!step) continue;
-    try {
-      Candidate candidate{path, read_manifest(path)};
-      for (const StoredShard& shard : candidate.manifest.shards) {
-        std::error_code error;
-        const std::uint64_t size = fs::file_size(entry.path() / shard.file, error);
-        check_input(!error, path, ": lacks ", shard.file);
-        check_input(size == shard.bytes, path, ": ", shard.file, " has ", size, " bytes, its manifest says ",
-                    shard.bytes);
-      }
-      found.push_back(std::move(candidate));
-    } catch (const Error& problem) {
-      problems.emplace(*step, problem.what());
-    }
-  }
-  std::sort(found.begin(), found.end(),
-            [](const Candidate& a, const Candidate& b) { return a.manifest.serial > b.manifest.serial; });
-  const std::int64_t newest_step = found.empty() ? -1 : found.front().manifest.state.step;
-  for (auto problem = problems.rbegin(); problem != problems.rend() && problem->first > newest_step; ++problem)
-    if (report == Report::yes) warn(text("checkpoint passed over: ", problem->second));
-  return found;
-}
-
 std::optional<std::string> CheckpointFolder::newest() {
-  std::vector<Candidate> candidates;
+  std::vector<CompleteCheckpoint> candidates;
   ranks_.run_together([&] {
-    if (ranks_.rank() == 0) candidates = complete_ones(Report::yes);
+    if (ranks_.rank() == 0)
+      candidates = complete_checkpoints(
+          folder_, [&](const std::string& problem) { warn(text("checkpoint passed over: ", problem)); });
   });
   for (std::size_t i = 0;; ++i) {
     const std::string path = ranks_.broadcast(i < candidates.size() ? candidates[i].path : "", 0);
@@ -210,27 +162,11 @@ std::optional<std::string> CheckpointFolder::newest() {
   }
 }
 
-void CheckpointFolder::check_fits(const std::string& path, const CheckpointManifest& manifest) const {
-  const CheckpointRun& other = manifest.run;
-  check_input(other.grid == run_.grid, path, ": was written by a grid of ", describe(other.grid), "; this run has ",
-              describe(run_.grid), ": start it with the same grid");
-  check_input(other.samples_per_step == run_.samples_per_step, path, ": was written with a global batch of ",
-              other.samples_per_step, " sequences, this run has ", run_.samples_per_step,
-              " (per_device_train_batch_size × gradient_accumulation_steps × dp): the position in the data would be "
-              "another");
-  if (other.seed != run_.seed)
-    warn(text(path, ": was written with seed ", other.seed, ", this run has ", run_.seed,
-              ": the data comes in another order"));
-  if (other.threads != run_.threads)
-    warn(text(path, ": was written with ", other.threads, " compute threads a rank, this run has ", run_.threads,
-              ": the run goes on, but not with the same bits"));
-}
-
 TrainState CheckpointFolder::load(const std::string& path, const std::vector<CheckpointTensor>& tensors) {
   TrainState state;
   ranks_.run_together([&] {
     const CheckpointManifest manifest = read_manifest(path);
-    check_fits(path, manifest);
+    for (const std::string& difference : check_continues(path, manifest, run_)) warn(difference);
     const std::string mine = shard_name(place_);
     const auto shard = std::find_if(manifest.shards.begin(), manifest.shards.end(),
                                     [&](const StoredShard& s) { return s.file == mine; });
@@ -266,7 +202,7 @@ void CheckpointFolder::read_shard(const std::string& folder, const StoredShard& 
 
 // Deletes the oldest complete checkpoints beyond `keep`, never the one that was just written.
 void CheckpointFolder::prune(const std::string& newest_path) const {
-  std::vector<Candidate> complete = complete_ones(Report::no);
+  const std::vector<CompleteCheckpoint> complete = complete_checkpoints(folder_, [](const std::string&) {});
   for (std::size_t i = std::size_t(keep_); i < complete.size(); ++i) {
     if (complete[i].path == newest_path) continue;
     try {

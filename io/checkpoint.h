@@ -33,14 +33,9 @@ class CheckpointFolder final : public CheckpointStore {
   TrainState load(const std::string& path, const std::vector<CheckpointTensor>& tensors) override;
 
  private:
-  struct Candidate;
-
-  enum class Report { no, yes };
-  std::vector<Candidate> complete_ones(Report report) const;
   StoredShard write_shard(const std::string& folder, const std::vector<CheckpointTensor>& tensors) const;
   void read_shard(const std::string& folder, const StoredShard& shard,
                   const std::vector<CheckpointTensor>& tensors) const;
-  void check_fits(const std::string& path, const CheckpointManifest& manifest) const;
   void prune(const std::string& newest_path) const;
   void warn(const std::string& message) const;
 

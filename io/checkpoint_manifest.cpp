@@ -10,6 +10,7 @@
 #include <charconv>
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
@@ -24,6 +25,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr const char *format_name = "distill checkpoint", *checksum_key = "manifest_crc32c";
+constexpr std::string_view step_prefix = "step-";
 constexpr int format_version = 1;
 
 std::string hex(std::uint32_t value) {
@@ -99,6 +101,16 @@ CheckpointManifest manifest_from(const json& value) {
   for (const json& shard : value.at("shards")) manifest.shards.push_back(shard_from(shard));
   return manifest;
 }
+
+std::optional<std::int64_t> step_in(std::string_view name) {
+  if (!name.starts_with(step_prefix)) return std::nullopt;
+  name.remove_prefix(step_prefix.size());
+  std::int64_t step = 0;
+  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), step);
+  return error == std::errc() && end == name.data() + name.size() ? std::optional(step) : std::nullopt;
+}
+
+std::string describe(const StoredGrid& grid) { return text("tp ", grid.tp, ", pp ", grid.pp, ", dp ", grid.dp); }
 
 // Reads by calls rather than through mapped memory: a bad sector must be an error here and no signal.
 class Reader {
@@ -200,6 +212,57 @@ CheckpointManifest read_manifest(const std::string& folder) {
   } catch (const json::exception& problem) {
     fail_input(path, ": is not a manifest of this program: ", problem.what());
   }
+}
+
+std::vector<std::string> check_continues(const std::string& path, const CheckpointManifest& manifest,
+                                         const CheckpointRun& run) {
+  const CheckpointRun& other = manifest.run;
+  check_input(other.grid == run.grid, path, ": was written by a grid of ", describe(other.grid), "; this run has ",
+              describe(run.grid), ": start it with the same grid");
+  check_input(other.samples_per_step == run.samples_per_step, path, ": was written with a global batch of ",
+              other.samples_per_step, " sequences, this run has ", run.samples_per_step,
+              " (per_device_train_batch_size × gradient_accumulation_steps × dp): the position in the data would be "
+              "another");
+  std::vector<std::string> differences;
+  if (other.seed != run.seed)
+    differences.push_back(text(path, ": was written with seed ", other.seed, ", this run has ", run.seed,
+                               ": the data comes in another order"));
+  if (run.threads != 0 && other.threads != run.threads)
+    differences.push_back(text(path, ": was written with ", other.threads, " compute threads a rank, this run has ",
+                               run.threads, ": the run goes on, but not with the same bits"));
+  return differences;
+}
+
+std::vector<CompleteCheckpoint> complete_checkpoints(const std::string& folder,
+                                                     const std::function<void(const std::string&)>& report) {
+  std::vector<CompleteCheckpoint> found;
+  std::map<std::int64_t, std::string> problems;  // by step
+  std::error_code missing;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder, missing)) {
+    const std::string path = entry.path();
+    const auto step = step_in(entry.path().filename().string());
+    if (!step) continue;
+    try {
+      CompleteCheckpoint candidate{path, read_manifest(path)};
+      for (const StoredShard& shard : candidate.manifest.shards) {
+        std::error_code error;
+        const std::uint64_t size = fs::file_size(entry.path() / shard.file, error);
+        check_input(!error, path, ": lacks ", shard.file);
+        check_input(size == shard.bytes, path, ": ", shard.file, " has ", size, " bytes, its manifest says ",
+                    shard.bytes);
+      }
+      found.push_back(std::move(candidate));
+    } catch (const Error& problem) {
+      problems.emplace(*step, problem.what());
+    }
+  }
+  std::sort(found.begin(), found.end(), [](const CompleteCheckpoint& a, const CompleteCheckpoint& b) {
+    return a.manifest.serial > b.manifest.serial;
+  });
+  const std::int64_t newest_step = found.empty() ? -1 : found.front().manifest.state.step;
+  for (auto problem = problems.rbegin(); problem != problems.rend() && problem->first > newest_step; ++problem)
+    report(problem->second);
+  return found;
 }
 
 std::uint32_t frame_checksum(const std::string& path, const StoredShard& shard) {

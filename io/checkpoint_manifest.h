@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -21,7 +22,7 @@ struct CheckpointRun {
   std::string version;                // of this program
   std::string config;                 // resolved, as YAML
   std::uint64_t seed = 0;             // of the data's order
-  int threads = 1;                    // compute threads of a student rank; sums depend on it
+  int threads = 1;                    // compute threads of a student rank, on which sums depend; 0: not known
   std::int64_t samples_per_step = 0;  // the global batch
   StoredGrid grid;
 };
@@ -49,6 +50,20 @@ struct CheckpointManifest {
 std::string to_json(const CheckpointManifest& manifest);
 // From <folder>/manifest.json; what is wrong with it is an input error.
 CheckpointManifest read_manifest(const std::string& folder);
+
+// Whether a run may go on from a checkpoint: an input error where it may not, else what will be different, one line
+// each.
+std::vector<std::string> check_continues(const std::string& path, const CheckpointManifest& manifest,
+                                         const CheckpointRun& run);
+
+// A checkpoint whose manifest and file sizes are right.
+struct CompleteCheckpoint {
+  std::string path;
+  CheckpointManifest manifest;
+};
+// Those of a folder, newest first. Later ones that are not complete are reported, the last one first.
+std::vector<CompleteCheckpoint> complete_checkpoints(const std::string& folder,
+                                                     const std::function<void(const std::string&)>& report);
 
 // One shard, on its own: how ranks tell rank 0 what they wrote.
 std::string to_json(const StoredShard& shard);

@@ -363,6 +363,15 @@ std::string ConfigFile::where(std::string_view key) const {
   return found == written.end() ? name : found->second;
 }
 
+void ConfigFile::reading(std::string_view key, const std::function<void()>& work) const {
+  try {
+    work();
+  } catch (const Error& error) {
+    if (error.code() != ExitCode::bad_input) throw;
+    fail_input(where(key), ": ", key, ": ", error.what());
+  }
+}
+
 ConfigFile read_config(const std::filesystem::path& file, std::span<const std::string> overrides,
                        const Capabilities& capabilities) {
   ConfigFile result = parse_config(read_text(file), file, overrides);

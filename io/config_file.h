@@ -3,6 +3,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <span>
 #include <string>
@@ -21,6 +22,8 @@ struct ConfigFile {
 
   // Where a key was written: what a message about its value begins with. The file itself for a default.
   std::string where(std::string_view key) const;
+  // Runs work, which reads what the value of a key points to: its input errors get the key in front.
+  void reading(std::string_view key, const std::function<void()>& work) const;
 };
 
 // Everything that can be said without opening what the configuration points to has been checked: an unknown key, a

@@ -271,6 +271,8 @@ TEST_CASE("a time limit saves, leaves with 85, and the same command goes on", "[
 TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();
+  fs::copy(shop.path("student"), shop.path("no-template"));
+  shop.write("no-template/tokenizer_config.json", "{}");
   const auto refused = [&](std::vector<std::string> overrides, const std::string& message, int ranks = 0) {
     const auto result = shop.train("wrong", std::move(overrides), ranks);
     INFO(result.output);
@@ -279,9 +281,19 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
     CHECK_FALSE(fs::exists(shop.path("wrong")));
   };
   refused({"kd_objectiv=reverse_kl"}, "did you mean 'kd_objective'");
-  refused({"student_pretrain=" + shop.path("nowhere")}, shop.path("nowhere"));
-  refused({"teacher_pretrain=" + shop.path("teacher")}, "a teacher must be a trained model");
-  refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"));
+  const std::string nowhere = shop.path("nowhere");
+  refused({"student_pretrain=" + nowhere}, "': student_pretrain: " + nowhere + ": no such folder");
+  refused({"student.model_args.model_name_or_path=" + nowhere},
+          "': student.model_args.model_name_or_path: " + nowhere + ": no such folder");
+  refused({"teacher_pretrain=" + shop.path("teacher")},
+          "': teacher_pretrain: " + shop.path("teacher") + ": no weights");
+  refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")},
+          "': student.data_args.file_name: " + shop.path("nothing.jsonl") + ": ");
+  refused({"student.data_args.template=native", "student_pretrain=" + shop.path("no-template")},
+          "': student.data_args.template: " + shop.path("no-template"));
+  refused({"validation.data_args.template=native", "student.data_args.template=chatml",
+           "student_pretrain=" + shop.path("no-template")},
+          "': validation.data_args.template: " + shop.path("no-template"));
   refused({"student.training_args.per_device_train_batch_size=40"}, "expected at least 80");
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"));
   refused({"validation.data_args.file_name=" + shop.path("long.jsonl")},
@@ -289,7 +301,12 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"output_dir=" + shop.path("train.jsonl")},
           "cannot write to " + shop.path("train.jsonl/wrong") + ": " + shop.path("train.jsonl") + " is not a folder");
   refused({"exp_name=../elsewhere"}, "expected a name that stays within output_dir");
-  refused({"resume_from_checkpoint=" + shop.path("no-checkpoint")}, shop.path("no-checkpoint"));
+  refused({"resume_from_checkpoint=" + shop.path("no-checkpoint")},
+          "': resume_from_checkpoint: " + shop.path("no-checkpoint") + ": has no manifest.json");
+  // What the file says is named by its line.
+  fs::rename(shop.path("train.jsonl"), shop.path("train-away.jsonl"));
+  refused({}, "run.yaml:13: student.data_args.file_name: " + shop.path("train.jsonl") + ": ");
+  fs::rename(shop.path("train-away.jsonl"), shop.path("train.jsonl"));
   // The same on two ranks is one message, not two.
   refused({"student_pretrain=" + shop.path("nowhere")}, "distill: ", 2);
   refused({}, "3 ranks", 3);
@@ -384,7 +401,8 @@ TEST_CASE("student and teacher with different tokenizers are refused", "[e2e]") 
   const auto result = shop.train("mixed");
   INFO(result.output);
   CHECK(result.code == 2);
-  CHECK_THAT(result.output, Catch::Contains("tokenizer differs"));
+  CHECK_THAT(result.output, Catch::Contains("run.yaml:3: teacher_pretrain: " + shop.path("teacher-run/export") +
+                                            ": the teacher's tokenizer differs"));
 }
 
 TEST_CASE("check prints the plan and trains nothing", "[e2e]") {
@@ -398,12 +416,32 @@ TEST_CASE("check prints the plan and trains nothing", "[e2e]") {
   CHECK_FALSE(fs::exists(shop.path("run")));
 }
 
-TEST_CASE("a new run does not write over the checkpoints of an old one", "[e2e]") {
+TEST_CASE("a run that its checkpoints do not allow is refused, by check as well", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();
-  REQUIRE(shop.train("again").code == 0);
-  const auto result = shop.train("again");
-  INFO(result.output);
-  CHECK(result.code == 2);
-  CHECK_THAT(result.output, Catch::Contains("resume_from_checkpoint"));
+  REQUIRE(shop.train("again", {"max_steps=2"}).code == 0);
+  const auto both = [&](std::vector<std::string> overrides, const std::string& message, int code) {
+    overrides.insert(overrides.begin(), {"--config", shop.path("run.yaml"), "exp_name=again"});
+    for (const int ranks : {0, 2}) {
+      const auto train = Process(shop.command(overrides, ranks)).wait();
+      INFO(train.output);
+      CHECK(train.code == code);
+      CHECK(occurrences(train.output, message) == 1);
+    }
+    overrides.insert(overrides.begin(), "check");
+    const auto check = Process(shop.command(overrides)).wait();
+    INFO(check.output);
+    CHECK(check.code == code);
+    CHECK(occurrences(check.output, message) == 1);
+  };
+  both({}, "set resume_from_checkpoint=true", 2);
+  const std::string checkpoint = shop.path("again/checkpoints/step-000002");
+  const std::string batch = "student.training_args.per_device_train_batch_size=3";
+  both({"resume_from_checkpoint=true", batch},
+       "': resume_from_checkpoint: " + checkpoint + ": was written with a global batch of 8 sequences, this run has 6",
+       2);
+  both({"resume_from_checkpoint=" + checkpoint, batch},
+       "': resume_from_checkpoint: " + checkpoint + ": was written with a global batch of 8", 2);
+  both({"resume_from_checkpoint=true", "max_steps=2", "seed=7"},
+       "warning: " + checkpoint + ": was written with seed 42, this run has 7", 0);
 }

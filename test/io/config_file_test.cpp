@@ -630,3 +630,19 @@ TEST_CASE("the help has a line for each key with its default, range and meaning"
   while (std::getline(lines, line) && !line.starts_with("distill_loss_weight ")) continue;
   CHECK_THAT(line, Catch::Matches("distill_loss_weight +0\\.5 +a number at least 0 and at most 1 +share of .*"));
 }
+
+TEST_CASE("what is wrong with the file that a value points to is told with the key and its place") {
+  const ConfigFile file = parse_config("exp_name: x\nstudent_pretrain: folder\n", "x.yaml", {});
+  const auto of = [&](std::string_view key, const Error& error) {
+    try {
+      file.reading(key, [&] { throw error; });
+    } catch (const Error& seen) {
+      return text(int(seen.code()), ' ', seen.what());
+    }
+    return std::string();
+  };
+  CHECK(of("student_pretrain", {ExitCode::bad_input, "folder: no such folder"}) ==
+        "2 x.yaml:2: student_pretrain: folder: no such folder");
+  CHECK(of("teacher_pretrain", {ExitCode::bad_input, "no"}) == "2 x.yaml: teacher_pretrain: no");
+  CHECK(of("student_pretrain", {ExitCode::internal, "disk broken"}) == "1 disk broken");
+}
