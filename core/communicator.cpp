@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <utility>
 
@@ -32,6 +33,13 @@ void reduce_gathered(std::span<T> x, const std::vector<T>& gathered, Reduce op) 
   }
 }
 
+// What is done as soon as it is started.
+class Done final : public Pending {
+ public:
+  void wait() override {}
+  bool is_done() const override { return true; }
+};
+
 }  // namespace
 
 std::string name_of(const Member& member) {
@@ -40,51 +48,130 @@ std::string name_of(const Member& member) {
 }
 
 Communicator::Communicator(std::string name, int rank, std::vector<Member> members, const Patience& patience)
-    : name_(std::move(name)), rank_(rank), members_(std::move(members)), patience_(patience) {
+    : name_(std::move(name)),
+      rank_(rank),
+      members_(std::move(members)),
+      patience_(patience),
+      exceptions_at_start_(std::uncaught_exceptions()) {
   check(rank_ >= 0 && rank_ < size(), name_, ": rank ", rank_, " of ", size());
+}
+
+void Communicator::give_up() {
+  for (Lane* lane : {&collectives_, &sends_, &receives_}) lane->give_up();
+}
+
+bool Communicator::is_given_up() const {
+  return collectives_.is_given_up() || sends_.is_given_up() || receives_.is_given_up();
+}
+
+void Communicator::finish_started() {
+  if (std::uncaught_exceptions() > exceptions_at_start_) give_up();
+  for (Lane* lane : {&collectives_, &sends_, &receives_}) lane->stop();
+}
+
+std::unique_ptr<Pending> Communicator::start(Lane& lane, std::int64_t elements, std::function<void()> work) {
+  if (elements > 0 && size() > 1) return lane.start(std::move(work));
+  if (elements > 0) work();
+  return std::make_unique<Done>();
 }
 
 void Communicator::all_reduce(View x, Reduce op) {
   check(x.contiguous(), name_, ": all_reduce of ", x, " with stride ", x.stride);
+  collectives_.finish();
   if (x.size() > 0) do_all_reduce(x, op);
 }
 
-void Communicator::reduce_scatter(View mine, const ConstView& all, Reduce op) {
+std::unique_ptr<Pending> Communicator::start_all_reduce(View x, Reduce op) {
+  check(x.contiguous(), name_, ": all_reduce of ", x, " with stride ", x.stride);
+  return start(collectives_, x.size(), [this, x, op] { do_all_reduce(x, op); });
+}
+
+void Communicator::check_reduce_scatter(const View& mine, const ConstView& all) const {
   check(mine.contiguous() && all.contiguous() && mine.dtype == all.dtype && all.size() == mine.size() * size(), name_,
         ": reduce_scatter of ", all, " to ", mine, " with ", size(), " ranks");
+}
+
+void Communicator::reduce_scatter(View mine, const ConstView& all, Reduce op) {
+  check_reduce_scatter(mine, all);
+  collectives_.finish();
   if (mine.size() > 0) do_reduce_scatter(mine, all, op);
 }
 
-void Communicator::all_gather(View all, const ConstView& mine) {
+std::unique_ptr<Pending> Communicator::start_reduce_scatter(View mine, const ConstView& all, Reduce op) {
+  check_reduce_scatter(mine, all);
+  return start(collectives_, mine.size(), [this, mine, all, op] { do_reduce_scatter(mine, all, op); });
+}
+
+void Communicator::check_all_gather(const View& all, const ConstView& mine) const {
   check(mine.contiguous() && all.contiguous() && mine.dtype == all.dtype && all.size() == mine.size() * size(), name_,
         ": all_gather of ", mine, " to ", all, " with ", size(), " ranks");
+}
+
+void Communicator::all_gather(View all, const ConstView& mine) {
+  check_all_gather(all, mine);
+  collectives_.finish();
   if (mine.size() > 0) do_all_gather(all, mine);
+}
+
+std::unique_ptr<Pending> Communicator::start_all_gather(View all, const ConstView& mine) {
+  check_all_gather(all, mine);
+  return start(collectives_, mine.size(), [this, all, mine] { do_all_gather(all, mine); });
 }
 
 void Communicator::broadcast(View x, int root) {
   check(x.contiguous(), name_, ": broadcast of ", x, " with stride ", x.stride);
   check(root >= 0 && root < size(), name_, ": broadcast from rank ", root, " of ", size());
+  collectives_.finish();
   if (x.size() > 0) do_broadcast(x, root);
 }
 
+void Communicator::check_pair(const ConstView& x, int other, const char* call) const {
+  check(x.contiguous(), name_, ": ", call, " of ", x, " with stride ", x.stride);
+  check(other >= 0 && other < size() && other != rank_, name_, ": ", call, " by rank ", rank_, " of ", size(),
+        ", other rank ", other);
+}
+
 void Communicator::send(const ConstView& x, int to) {
-  check(x.contiguous(), name_, ": send of ", x, " with stride ", x.stride);
-  check(to >= 0 && to < size() && to != rank_, name_, ": rank ", rank_, " of ", size(), " sends to ", to);
+  check_pair(x, to, "send");
+  sends_.finish();
   if (x.size() > 0) do_send(x, to);
 }
 
+std::unique_ptr<Pending> Communicator::start_send(const ConstView& x, int to) {
+  check_pair(x, to, "send");
+  return start(sends_, x.size(), [this, x, to] { do_send(x, to); });
+}
+
 void Communicator::recv(View x, int from) {
-  check(x.contiguous(), name_, ": recv of ", x, " with stride ", x.stride);
-  check(from >= 0 && from < size() && from != rank_, name_, ": rank ", rank_, " of ", size(), " receives from ", from);
+  check_pair(x, from, "recv");
+  receives_.finish();
   if (x.size() > 0) do_recv(x, from);
 }
 
-void Communicator::barrier() { do_barrier(); }
+std::unique_ptr<Pending> Communicator::start_recv(View x, int from) {
+  check_pair(x, from, "recv");
+  return start(receives_, x.size(), [this, x, from] { do_recv(x, from); });
+}
+
+void Communicator::barrier() {
+  collectives_.finish();
+  do_barrier();
+}
+
+void Communicator::gather_bytes(void* all, const void* mine, std::size_t bytes) {
+  collectives_.finish();
+  do_all_gather_bytes(all, mine, bytes);
+}
+
+void Communicator::broadcast_bytes(void* x, std::size_t bytes, int root) {
+  collectives_.finish();
+  do_broadcast_bytes(x, bytes, root);
+}
 
 std::unique_ptr<Communicator> Communicator::split(int color, int key, std::string name) {
   const int mine[2] = {color, key};
   std::vector<int> all(2 * members_.size());
-  do_all_gather_bytes(all.data(), mine, sizeof mine);
+  gather_bytes(all.data(), mine, sizeof mine);
   std::map<int, std::vector<std::pair<int, int>>> groups;  // color → (key, rank)
   for (int r = 0; r < size(); ++r)
     if (all[2 * r] >= 0) groups[all[2 * r]].emplace_back(all[2 * r + 1], r);
@@ -101,14 +188,14 @@ std::unique_ptr<Communicator> Communicator::split(int color, int key, std::strin
 void Communicator::all_reduce(std::span<double> x, Reduce op) {
   std::vector<double> all(x.size() * members_.size());
   if (x.empty()) return;
-  do_all_gather_bytes(all.data(), x.data(), x.size_bytes());
+  gather_bytes(all.data(), x.data(), x.size_bytes());
   reduce_gathered(x, all, op);
 }
 
 void Communicator::all_reduce(std::span<std::int64_t> x, Reduce op) {
   std::vector<std::int64_t> all(x.size() * members_.size());
   if (x.empty()) return;
-  do_all_gather_bytes(all.data(), x.data(), x.size_bytes());
+  gather_bytes(all.data(), x.data(), x.size_bytes());
   reduce_gathered(x, all, op);
 }
 
@@ -125,20 +212,20 @@ std::int64_t Communicator::all_reduce(std::int64_t x, Reduce op) {
 std::string Communicator::broadcast(std::string_view bytes, int root) {
   check(root >= 0 && root < size(), name_, ": broadcast from rank ", root, " of ", size());
   std::uint64_t length = bytes.size();
-  do_broadcast_bytes(&length, sizeof length, root);
+  broadcast_bytes(&length, sizeof length, root);
   std::string out = rank_ == root ? std::string(bytes) : std::string(length, '\0');
-  if (length > 0) do_broadcast_bytes(out.data(), length, root);
+  if (length > 0) broadcast_bytes(out.data(), length, root);
   return out;
 }
 
 std::vector<std::string> Communicator::all_gather(std::string_view bytes) {
   const std::uint64_t length = bytes.size();
   std::vector<std::uint64_t> lengths(members_.size());
-  do_all_gather_bytes(lengths.data(), &length, sizeof length);
+  gather_bytes(lengths.data(), &length, sizeof length);
   const std::size_t longest = *std::max_element(lengths.begin(), lengths.end());
   std::string mine(bytes), all(longest * members_.size(), '\0');
   mine.resize(longest);
-  if (longest > 0) do_all_gather_bytes(all.data(), mine.data(), longest);
+  if (longest > 0) gather_bytes(all.data(), mine.data(), longest);
   std::vector<std::string> out;
   for (std::size_t r = 0; r < members_.size(); ++r) out.push_back(all.substr(r * longest, lengths[r]));
   return out;

@@ -4,8 +4,12 @@
 // Every rank of a group makes the same calls in the same order with the same shapes. Views are contiguous and lie where
 // the implementation says (host memory for threads and MPI). Reductions add rank 0, 1, 2, …, in that order, for every
 // element: same group size, same bits. 16-bit formats are added in f32 and rounded once. NaN survives sum, max and min.
-// One thread at a time uses a communicator. A call that waits for a rank that died, or for one that gives nothing for
-// `peer_timeout`, ends with Error(ExitCode::peer_lost) that names who waited for whom.
+// A call that waits for a rank that died, or for one that gives nothing for `peer_timeout`, ends with
+// Error(ExitCode::peer_lost) that names who waited for whom.
+//
+// Calls are of three kinds that do not disturb each other: sends, receives, and all others (collectives). One thread at
+// a time makes calls of one kind. start_… begins an operation that runs while the caller goes on; operations of one
+// kind run in the order started, and a blocking call of a kind waits for the started ones of its kind first.
 #pragma once
 
 #include <chrono>
@@ -17,6 +21,7 @@
 #include <string_view>
 #include <vector>
 
+#include "core/lane.h"
 #include "core/tensor.h"
 
 namespace distill {
@@ -67,10 +72,22 @@ class Communicator {
   // all [size·n] elements, mine [n]: element r·n + i of all is element i of rank r. mine may be that part of all.
   void all_gather(View all, const ConstView& mine);
   void broadcast(View x, int root);
-  // Pairs match in order. A send may wait for its recv, so two ranks that both send first may wait for ever.
+  // Pairs match in order. A send may wait for its recv, so two ranks that both send first may wait for ever: start the
+  // sends and go on.
   void send(const ConstView& x, int to);
   void recv(View x, int from);
   void barrier();
+
+  // --- the same, begun (core/lane.h). What is started in one order here is met in the same order by the other ranks:
+  // all sends of this rank wait behind one that is not yet received, all its receives behind one that is not yet sent.
+  std::unique_ptr<Pending> start_all_reduce(View x, Reduce op = Reduce::sum);
+  std::unique_ptr<Pending> start_reduce_scatter(View mine, const ConstView& all, Reduce op = Reduce::sum);
+  std::unique_ptr<Pending> start_all_gather(View all, const ConstView& mine);
+  std::unique_ptr<Pending> start_send(const ConstView& x, int to);
+  std::unique_ptr<Pending> start_recv(View x, int from);
+  // Every call of this rank that waits for another rank in this group ends with an error, on whichever thread it is.
+  // Afterwards the group is good for nothing but to be destroyed. Any thread.
+  void give_up();
 
   // Ranks of one color form a group, ordered by key, then by rank; a negative color takes part in none (null).
   std::unique_ptr<Communicator> split(int color, int key, std::string name);
@@ -95,7 +112,20 @@ class Communicator {
  protected:
   Communicator(std::string name, int rank, std::vector<Member> members, const Patience& patience);
 
+  // What waits asks this now and then.
+  bool is_given_up() const;
+  // The destructor of an implementation that has ranks to wait for calls this first: what was started needs its
+  // members.
+  void finish_started();
+
  private:
+  void check_reduce_scatter(const View& mine, const ConstView& all) const;
+  void check_all_gather(const View& all, const ConstView& mine) const;
+  void check_pair(const ConstView& x, int other, const char* call) const;
+  std::unique_ptr<Pending> start(Lane& lane, std::int64_t elements, std::function<void()> work);
+  void gather_bytes(void* all, const void* mine, std::size_t bytes);
+  void broadcast_bytes(void* x, std::size_t bytes, int root);
+
   virtual void do_all_reduce(View x, Reduce op) = 0;
   virtual void do_reduce_scatter(View mine, const ConstView& all, Reduce op) = 0;
   virtual void do_all_gather(View all, const ConstView& mine) = 0;
@@ -114,6 +144,8 @@ class Communicator {
   int rank_;
   std::vector<Member> members_;
   Patience patience_;
+  int exceptions_at_start_;
+  Lane collectives_, sends_, receives_;
 };
 
 // A group of one.

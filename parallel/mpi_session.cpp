@@ -7,6 +7,7 @@
 #include <cstring>
 #include <exception>
 #include <iostream>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -27,8 +28,21 @@ std::string mpi_message(int code) {
   return {message, std::size_t(length)};
 }
 
+// Threads of this process take turns (MPI_THREAD_SERIALIZED): held for a call, never for a wait. The few calls that all
+// ranks make together are made where all have arrived, so that none holds it while another cannot come.
+std::mutex& mpi_turn() {
+  static std::mutex turn;
+  return turn;
+}
+
 void check_mpi(int code, const char* call) {
   if (code != MPI_SUCCESS) fail(call, ": ", mpi_message(code));
+}
+
+template <class Work>
+auto with_turn(const Work& work) {
+  const std::lock_guard turn(mpi_turn());
+  return work();
 }
 
 std::size_t bytes_of(const ConstView& x) { return std::size_t(x.size()) * size_of(x.dtype); }
@@ -37,10 +51,12 @@ std::size_t bytes_of(const ConstView& x) { return std::size_t(x.size()) * size_o
 class Comm {
  public:
   explicit Comm(MPI_Comm comm) : comm_(comm) {
+    const std::lock_guard turn(mpi_turn());
     check_mpi(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
   }
   Comm(Comm&& other) noexcept : comm_(std::exchange(other.comm_, MPI_COMM_NULL)) {}
   ~Comm() {
+    const std::lock_guard turn(mpi_turn());
     if (comm_ != MPI_COMM_NULL) MPI_Comm_free(&comm_);
   }
   MPI_Comm get() const { return comm_; }
@@ -68,89 +84,96 @@ class MessageGroup final : public Communicator {
         node_(std::move(node)),
         longest_message_(longest_message),
         within_(within) {}
+  ~MessageGroup() override { finish_started(); }
 
  private:
   enum Tag { pair_tag, group_tag };
   static constexpr std::int64_t part_bytes = 1 << 20;  // of what one rank reduces at a time
 
-  struct Pending {
-    MPI_Request request;
-    int peer, bytes;
-    bool is_receive;
-  };
-
-  class WaitForPending final : public Awaited {
+  // The messages of one call.
+  class Messages final : private Awaited {
    public:
-    WaitForPending(const MessageGroup& group, const char* call) : group_(group), call_(call) {}
-    std::string self() const override { return name_of(group_.members()[std::size_t(group_.rank())]); }
-    std::string whom() const override { return name_of(member()); }
-    std::string purpose() const override { return text(call_, " of ", group_.name()); }
-    std::string trouble() override {
-      if (!group_.node_->lives) return {};
-      return group_.node_->lives->trouble(member().world_rank, group_.patience().peer_dead_after);
+    Messages(const MessageGroup& group, const char* call, Tag tag) : group_(group), call_(call), tag_(tag) {}
+    Messages(const Messages&) = delete;
+
+    void send(const void* data, std::size_t bytes, int to) { post(false, const_cast<void*>(data), bytes, to); }
+    void receive(void* data, std::size_t bytes, int from) { post(true, data, bytes, from); }
+    // Returns when all are done.
+    void finish() {
+      wait_until([this] { return progress(); }, group_.patience(), *this);
+    }
+    ~Messages() override {
+      const std::lock_guard turn(mpi_turn());
+      for (Message& message : under_way_) {  // after an error: their memory may be about to go
+        MPI_Cancel(&message.request);
+        MPI_Request_free(&message.request);
+      }
     }
 
    private:
-    const Member& member() const { return group_.members()[std::size_t(group_.pending_.back().peer)]; }
-    const MessageGroup& group_;
-    const char* call_;
-  };
+    struct Message {
+      MPI_Request request;
+      int peer, bytes;
+      bool is_receive;
+    };
 
-  // Messages are cut at longest_message: counts of MPI 3 are int.
-  void post(bool is_receive, void* data, std::size_t bytes, int peer, Tag tag) {
-    std::size_t first = 0;
-    do {  // once for an empty message, which a barrier is made of
-      const int piece = int(std::min(longest_message_, bytes - first));
-      std::byte* const at = static_cast<std::byte*>(data) + first;
-      Pending pending{MPI_REQUEST_NULL, peer, piece, is_receive};
-      if (is_receive)
-        check_mpi(MPI_Irecv(at, piece, MPI_BYTE, peer, tag, comm_.get(), &pending.request), "MPI_Irecv");
-      else
-        check_mpi(MPI_Isend(at, piece, MPI_BYTE, peer, tag, comm_.get(), &pending.request), "MPI_Isend");
-      pending_.push_back(pending);
-      first += std::size_t(piece);
-    } while (first < bytes);
-  }
-  void post_send(const void* data, std::size_t bytes, int to, Tag tag) {
-    post(false, const_cast<void*>(data), bytes, to, tag);
-  }
-  void post_receive(void* data, std::size_t bytes, int from, Tag tag) { post(true, data, bytes, from, tag); }
+    // Messages are cut at longest_message: counts of MPI 3 are int.
+    void post(bool is_receive, void* data, std::size_t bytes, int peer) {
+      const std::lock_guard turn(mpi_turn());
+      std::size_t first = 0;
+      do {  // once for an empty message, which a barrier is made of
+        const int piece = int(std::min(group_.longest_message_, bytes - first));
+        std::byte* const at = static_cast<std::byte*>(data) + first;
+        const MPI_Comm comm = group_.comm_.get();
+        Message message{MPI_REQUEST_NULL, peer, piece, is_receive};
+        if (is_receive)
+          check_mpi(MPI_Irecv(at, piece, MPI_BYTE, peer, tag_, comm, &message.request), "MPI_Irecv");
+        else
+          check_mpi(MPI_Isend(at, piece, MPI_BYTE, peer, tag_, comm, &message.request), "MPI_Isend");
+        under_way_.push_back(message);
+        first += std::size_t(piece);
+      } while (first < bytes);
+    }
 
-  // Drops what is done from the end of the list; true when nothing is left.
-  bool progress() {
-    while (!pending_.empty()) {
-      Pending& last = pending_.back();
+    // Drops what is done from the end of the list; true when nothing is left.
+    bool progress() {
+      const std::lock_guard turn(mpi_turn());
+      while (!under_way_.empty()) {
+        if (!is_done(under_way_.back())) return false;
+        under_way_.pop_back();
+      }
+      return true;
+    }
+    bool is_done(Message& message) const {
       int done = 0;
       MPI_Status status;
-      const int code = MPI_Test(&last.request, &done, &status);
+      const int code = MPI_Test(&message.request, &done, &status);
       if (code != MPI_SUCCESS)
-        fail(name(), ": rank ", rank(), last.is_receive ? " receives " : " sends ", last.bytes,
-             last.is_receive ? " bytes from" : " bytes to", " rank ", last.peer, ": ", mpi_message(code));
-      if (!done) return false;
-      if (last.is_receive) {
-        int bytes = 0;
-        check_mpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count");
-        check(bytes == last.bytes, name(), ": rank ", rank(), " receives ", last.bytes, " bytes where rank ", last.peer,
-              " sends ", bytes);
-      }
-      pending_.pop_back();
+        fail(group_.name(), ": rank ", group_.rank(), message.is_receive ? " receives " : " sends ", message.bytes,
+             message.is_receive ? " bytes from" : " bytes to", " rank ", message.peer, ": ", mpi_message(code));
+      if (!done || !message.is_receive) return done;
+      int bytes = 0;
+      check_mpi(MPI_Get_count(&status, MPI_BYTE, &bytes), "MPI_Get_count");
+      check(bytes == message.bytes, group_.name(), ": rank ", group_.rank(), " receives ", message.bytes,
+            " bytes where rank ", message.peer, " sends ", bytes);
+      return true;
     }
-    return true;
-  }
 
-  void finish(const char* call) {
-    WaitForPending who(*this, call);
-    try {
-      wait_until([this] { return progress(); }, patience(), who);
-    } catch (...) {
-      for (Pending& pending : pending_) {  // the memory of these messages may be about to go
-        MPI_Cancel(&pending.request);
-        MPI_Request_free(&pending.request);
-      }
-      pending_.clear();
-      throw;
+    const Member& peer() const { return group_.members()[std::size_t(under_way_.back().peer)]; }
+    std::string self() const override { return name_of(group_.members()[std::size_t(group_.rank())]); }
+    std::string whom() const override { return name_of(peer()); }
+    std::string purpose() const override { return text(call_, " of ", group_.name()); }
+    std::string trouble() override {
+      if (group_.is_given_up()) return "is no longer waited for";
+      if (!group_.node_->lives) return {};
+      return group_.node_->lives->trouble(peer().world_rank, group_.patience().peer_dead_after);
     }
-  }
+
+    const MessageGroup& group_;
+    const char* call_;
+    Tag tag_;
+    std::vector<Message> under_way_;
+  };
 
   void do_all_reduce(View x, Reduce op) override {
     const std::int64_t width = std::int64_t(size_of(x.dtype)), n = size(), longest = part_bytes / width;
@@ -160,13 +183,15 @@ class MessageGroup final : public Communicator {
       const std::int64_t piece = std::min(n * longest, x.size() - first), part = (piece + n - 1) / n;
       const auto begin = [&](int p) { return data + (first + std::min(p * part, piece)) * width; };
       const auto length = [&](int p) { return begin(p + 1) - begin(p); };  // bytes
-      receive_parts(std::size_t(length(rank())));
-      for (const int p : others()) post_send(begin(p), std::size_t(length(p)), p, group_tag);
-      finish("all_reduce");
+      Messages parts(*this, "all_reduce", group_tag);
+      receive_parts(parts, std::size_t(length(rank())));
+      for (const int p : others()) parts.send(begin(p), std::size_t(length(p)), p);
+      parts.finish();
       reduce_parts(begin(rank()), begin(rank()), length(rank()) / width, x.dtype, op);
-      for (const int p : others()) post_receive(begin(p), std::size_t(length(p)), p, group_tag);
-      for (const int p : others()) post_send(begin(rank()), std::size_t(length(rank())), p, group_tag);
-      finish("all_reduce");
+      Messages sums(*this, "all_reduce", group_tag);
+      for (const int p : others()) sums.receive(begin(p), std::size_t(length(p)), p);
+      for (const int p : others()) sums.send(begin(rank()), std::size_t(length(rank())), p);
+      sums.finish();
     }
   }
 
@@ -177,17 +202,18 @@ class MessageGroup final : public Communicator {
     for (std::int64_t first = 0; first < mine.size(); first += longest) {
       const std::int64_t part = std::min(longest, mine.size() - first);
       const auto source = [&](int p) { return data + (p * mine.size() + first) * width; };
-      receive_parts(std::size_t(part * width));
-      for (const int p : others()) post_send(source(p), std::size_t(part * width), p, group_tag);
-      finish("reduce_scatter");
+      Messages parts(*this, "reduce_scatter", group_tag);
+      receive_parts(parts, std::size_t(part * width));
+      for (const int p : others()) parts.send(source(p), std::size_t(part * width), p);
+      parts.finish();
       reduce_parts(out + first * width, source(rank()), part, mine.dtype, op);
     }
   }
 
   // Values of the others for this rank to reduce: received_ by rank.
-  void receive_parts(std::size_t bytes) {
+  void receive_parts(Messages& parts, std::size_t bytes) {
     received_.resize(bytes * std::size_t(size()));
-    for (const int p : others()) post_receive(received_.data() + std::size_t(p) * bytes, bytes, p, group_tag);
+    for (const int p : others()) parts.receive(received_.data() + std::size_t(p) * bytes, bytes, p);
   }
   void reduce_parts(std::byte* out, const std::byte* own, std::int64_t count, DType dtype, Reduce op) {
     const std::size_t bytes = std::size_t(count) * size_of(dtype);
@@ -208,27 +234,30 @@ class MessageGroup final : public Communicator {
     exchange(all, mine, bytes, "all_gather");
   }
   void exchange(void* all, const void* mine, std::size_t bytes, const char* call) {
-    for (const int p : others())
-      post_receive(static_cast<std::byte*>(all) + std::size_t(p) * bytes, bytes, p, group_tag);
-    for (const int p : others()) post_send(mine, bytes, p, group_tag);
-    finish(call);
+    Messages messages(*this, call, group_tag);
+    for (const int p : others()) messages.receive(static_cast<std::byte*>(all) + std::size_t(p) * bytes, bytes, p);
+    for (const int p : others()) messages.send(mine, bytes, p);
+    messages.finish();
   }
 
   void do_broadcast_bytes(void* x, std::size_t bytes, int root) override {
+    Messages messages(*this, "broadcast", group_tag);
     if (rank() != root)
-      post_receive(x, bytes, root, group_tag);
+      messages.receive(x, bytes, root);
     else
-      for (const int p : others()) post_send(x, bytes, p, group_tag);
-    finish("broadcast");
+      for (const int p : others()) messages.send(x, bytes, p);
+    messages.finish();
   }
 
   void do_send(const ConstView& x, int to) override {
-    post_send(x.data, bytes_of(x), to, pair_tag);
-    finish("send");
+    Messages message(*this, "send", pair_tag);
+    message.send(x.data, bytes_of(x), to);
+    message.finish();
   }
   void do_recv(View x, int from) override {
-    post_receive(x.mutable_data(), bytes_of(x), from, pair_tag);
-    finish("recv");
+    Messages message(*this, "recv", pair_tag);
+    message.receive(x.mutable_data(), bytes_of(x), from);
+    message.finish();
   }
 
   std::unique_ptr<Communicator> do_split(const std::vector<int>& parents, int group, std::string name) override {
@@ -239,9 +268,13 @@ class MessageGroup final : public Communicator {
     auto near = make_shared_group(*this, shared ? parents : std::vector<int>{}, name, node_->lives, node_->memory);
     const auto found = std::find(parents.begin(), parents.end(), rank());
     const int new_rank = shared ? -1 : int(found - parents.begin());
-    MPI_Comm comm = MPI_COMM_NULL;
-    check_mpi(MPI_Comm_split(comm_.get(), shared || parents.empty() ? MPI_UNDEFINED : group, new_rank, &comm),
-              "MPI_Comm_split");
+    // All ranks of this group are here: make_shared_group waited for them.
+    const MPI_Comm comm = with_turn([&] {
+      MPI_Comm made = MPI_COMM_NULL;
+      check_mpi(MPI_Comm_split(comm_.get(), shared || parents.empty() ? MPI_UNDEFINED : group, new_rank, &made),
+                "MPI_Comm_split");
+      return made;
+    });
     if (comm == MPI_COMM_NULL) return near;
     std::vector<Member> chosen;
     for (const int r : parents) chosen.push_back(members()[std::size_t(r)]);
@@ -260,8 +293,7 @@ class MessageGroup final : public Communicator {
   std::shared_ptr<Node> node_;
   std::size_t longest_message_;
   Within within_;
-  std::vector<Pending> pending_;
-  std::vector<std::byte> received_;
+  std::vector<std::byte> received_;  // these two are of collectives, which never run at the same time
   std::vector<const void*> parts_;
 };
 
@@ -357,12 +389,12 @@ MpiSession::MpiSession(int& argc, char**& argv) : state_(std::make_unique<State>
 }
 
 MpiSession::~MpiSession() {
-  if (std::uncaught_exceptions() > state_->exceptions_at_start) MPI_Abort(MPI_COMM_WORLD, int(ExitCode::internal));
+  if (std::uncaught_exceptions() > state_->exceptions_at_start) abort_all(int(ExitCode::internal));
   try {
     state_->world->barrier();  // MPI_Finalize would burn the core while it waits
   } catch (const std::exception& error) {
     std::cerr << text(error.what(), "\n");
-    MPI_Abort(MPI_COMM_WORLD, int(ExitCode::peer_lost));
+    abort_all(int(ExitCode::peer_lost));
   }
   state_.reset();
   MPI_Finalize();
@@ -372,11 +404,14 @@ Communicator& MpiSession::world() { return *state_->world; }
 
 std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t longest_message) {
   check(longest_message > 0 && longest_message <= std::size_t(INT_MAX), "messages of ", longest_message, " bytes");
-  MPI_Comm comm = MPI_COMM_NULL;
-  check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
-  int rank = 0;
-  check_mpi(MPI_Comm_rank(comm, &rank), "MPI_Comm_rank");
   const bool is_extra = state_->world != nullptr;  // the world itself uses messages only where it must
+  if (is_extra) state_->world->barrier();          // all are here (mpi_turn)
+  MPI_Comm comm = MPI_COMM_NULL;
+  int rank = 0;
+  with_turn([&] {
+    check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
+    check_mpi(MPI_Comm_rank(comm, &rank), "MPI_Comm_rank");
+  });
   return std::make_unique<MessageGroup>(
       std::move(name), rank, state_->members, is_extra ? state_->world->patience() : Patience{}, Comm(comm),
       state_->node, longest_message, is_extra ? MessageGroup::Within::messages : MessageGroup::Within::shared);
@@ -385,6 +420,7 @@ std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t
 void MpiSession::abort_all(int code) {
   std::cout << std::flush;
   std::cerr << std::flush;
+  mpi_turn().lock();  // for good: no other thread is within MPI any more
   MPI_Abort(MPI_COMM_WORLD, code);
   std::_Exit(code);
 }

@@ -88,6 +88,7 @@ class SharedGroup final : public Communicator {
         block_(std::move(block)),
         lives_(std::move(lives)),
         memory_(std::move(memory)) {}
+  ~SharedGroup() override { finish_started(); }
 
  private:
   // Waiting for one rank of this group.
@@ -98,6 +99,7 @@ class SharedGroup final : public Communicator {
     std::string whom() const override { return name_of(group_.members()[std::size_t(rank_)]); }
     std::string purpose() const override { return text(call_, " of ", group_.name()); }
     std::string trouble() override {
+      if (group_.is_given_up()) return "is no longer waited for";
       return group_.lives_->trouble(group_.members()[std::size_t(rank_)].world_rank, group_.patience().peer_dead_after);
     }
 
@@ -247,6 +249,7 @@ class SharedGroup final : public Communicator {
   GroupMemory::Block block_;
   std::shared_ptr<Lives> lives_;
   std::shared_ptr<GroupMemory> memory_;
+  // Of collectives, which never run at the same time; sends and receives keep all they need in the mailboxes.
   std::uint64_t meetings_ = 0, round_ = 0;
   std::vector<const void*> parts_;
 };

@@ -73,6 +73,9 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
+int next_of(const Communicator& group) { return (group.rank() + 1) % group.size(); }
+int before(const Communicator& group) { return (group.rank() + group.size() - 1) % group.size(); }
+
 // Ranks that are threads cannot use Catch's macros: the suite throws, and the test case sees it.
 template <class T>
 void reductions(Communicator& group, std::int64_t n) {
@@ -119,12 +122,11 @@ void copies(Communicator& group, std::int64_t n) {
 
   // Around the ring; rank 0 receives last so that not everybody sends at once.
   if (group.size() == 1) return;
-  const int next = (group.rank() + 1) % group.size(), before = (group.rank() + group.size() - 1) % group.size();
   std::vector<T> got(static_cast<std::size_t>(n));
-  if (group.rank() == 0) group.send(view_of(mine), next);
-  group.recv(view_of(got), before);
-  if (group.rank() != 0) group.send(view_of(mine), next);
-  check(same_bits(got, values<T>(before, n)), "send and recv of ", n, " ", name_of(dtype_of<T>));
+  if (group.rank() == 0) group.send(view_of(mine), next_of(group));
+  group.recv(view_of(got), before(group));
+  if (group.rank() != 0) group.send(view_of(mine), next_of(group));
+  check(same_bits(got, values<T>(before(group), n)), "send and recv of ", n, " ", name_of(dtype_of<T>));
 }
 
 void every_type(Communicator& group) {
@@ -263,8 +265,117 @@ void misuse(Communicator& group) {
   check(!message([&] { group.recv(view_of(x), -1); }).empty(), "recv from nobody");
 }
 
+template <class T>
+void started_equals_blocking(Communicator& group, std::int64_t n) {
+  const std::int64_t total = n * group.size();
+  std::vector<T> sum = values<T>(group.rank(), n), all = values<T>(group.rank(), total), mine(std::size_t(n), T{}),
+                 gathered(std::size_t(total), T{});
+  std::vector<T> sum2 = sum, mine2 = mine, gathered2 = gathered;
+  {
+    const auto a = group.start_all_reduce(view_of(sum), Reduce::max);
+    const auto b = group.start_reduce_scatter(view_of(mine), view_of(all));
+    const auto c = group.start_all_gather(view_of(gathered), view_of(mine));  // runs after b, whose result it takes
+    c->wait();
+    b->wait();
+    a->wait();
+    a->wait();  // as often as one likes
+  }
+  group.all_reduce(view_of(sum2), Reduce::max);
+  group.reduce_scatter(view_of(mine2), view_of(all));
+  group.all_gather(view_of(gathered2), view_of(mine2));
+  check(same_bits(sum, sum2) && same_bits(mine, mine2) && same_bits(gathered, gathered2), "started calls of ", n, " ",
+        name_of(dtype_of<T>), " give other bits");
+}
+
+// Both ways around a ring, every message longer than any mailbox, next to a collective; all sends before any receive.
+void ring_both_ways(Communicator& group) {
+  if (group.size() == 1) return;
+  const int next = next_of(group), last = before(group);
+  constexpr std::int64_t n = 300'000;
+  constexpr int rounds = 3;
+  std::vector<std::vector<float>> up, down, from_last(rounds, std::vector<float>(n)), from_next = from_last;
+  for (int i = 0; i < rounds; ++i) {
+    up.push_back(values<float>(group.rank(), n, i));
+    down.push_back(values<float>(group.rank(), n, 1000 + i));
+  }
+  std::vector<float> sum = values<float>(group.rank(), n);
+  std::vector<std::unique_ptr<Pending>> pending;
+  for (std::size_t i = 0; i < rounds; ++i) {
+    pending.push_back(group.start_send(view_of(up[i]), next));
+    pending.push_back(group.start_send(view_of(down[i]), last));
+  }
+  pending.push_back(group.start_all_reduce(view_of(sum)));
+  for (std::size_t i = 0; i < rounds; ++i) {
+    pending.push_back(group.start_recv(view_of(from_last[i]), last));
+    pending.push_back(group.start_recv(view_of(from_next[i]), next));
+  }
+  for (const auto& p : pending) p->wait();
+  for (int i = 0; i < rounds; ++i) {
+    check(same_bits(from_last[std::size_t(i)], values<float>(last, n, i)), "from the rank before, round ", i);
+    check(same_bits(from_next[std::size_t(i)], values<float>(next, n, 1000 + i)), "from the next rank, round ", i);
+  }
+  check(sum[n - 1] == reduction<float>(group.size(), n - 1, Reduce::sum), "sum next to messages");
+}
+
+// A blocking call comes after the started ones of its kind; what is dropped is done nevertheless.
+void started_keeps_order(Communicator& group) {
+  const std::int64_t n = 20'000;
+  std::vector<float> x(std::size_t(n), 1.0f);
+  { const auto dropped = group.start_all_reduce(view_of(x)); }
+  check(x[5] == float(group.size()), "a dropped operation is not done");
+  const auto started = group.start_all_reduce(view_of(x));
+  group.all_reduce(view_of(x));
+  check(group.all_reduce(std::int64_t{1}) == group.size(), "a small sum after started calls");
+  check(x[n - 1] == std::pow(float(group.size()), 3.0f), "a blocking call ran before a started one");
+  started->wait();
+  if (group.size() == 1) return;
+  std::vector<float> first(1000, 1.0f), second(1000, 2.0f), got(1000), got2(1000);
+  const auto send = group.start_send(view_of(first), next_of(group));
+  const auto receive = group.start_recv(view_of(got), before(group));
+  const auto send2 = group.start_send(view_of(second), next_of(group));
+  group.recv(view_of(got2), before(group));
+  check(got[0] == 1 && got2[0] == 2, "messages of one lane changed places");
+}
+
+void started(Communicator& group) {
+  for (const std::int64_t n : {1, 777, 40'001}) started_equals_blocking<float>(group, n);
+  started_equals_blocking<bf16>(group, 5001);
+  started_equals_blocking<double>(group, 5001);
+  std::vector<float> nothing;
+  group.start_all_reduce(view_of(nothing))->wait();
+  group.start_all_gather(view_of(nothing), view_of(nothing))->wait();
+  ring_both_ways(group);
+  started_keeps_order(group);
+}
+
+// wait() throws what the operation threw, and so does everything after it in its lane; other lanes go on.
+void started_errors_come_out(Communicator& group) {
+  if (group.size() == 1) return;
+  const auto broken = group.split(0, 0, "broken");
+  std::vector<float> x(broken->rank() == 0 ? 5u : 4u), y(4, 1.0f);
+  if (broken->rank() == 0) broken->start_send(view_of(x), 1)->wait();
+  if (broken->rank() == 1) {
+    const auto error = [](const auto& call) {
+      try {
+        call();
+      } catch (const Error& e) {
+        return std::string(e.what());
+      }
+      return std::string();
+    };
+    const auto bad = broken->start_recv(view_of(x), 0), later = broken->start_recv(view_of(y), 0);
+    for (const std::string& message :
+         {error([&] { bad->wait(); }), error([&] { later->wait(); }), error([&] { broken->recv(view_of(y), 0); })})
+      check(message.find("broken: rank 1 receives 16 bytes") != std::string::npos, "wrong error: ", message);
+  }
+  broken->all_reduce(view_of(y));
+  check(y[0] == float(group.size()), "other lanes do not go on");
+}
+
 void suite(Communicator& group) {
   every_type(group);
+  started(group);
+  started_errors_come_out(group);
   nan_survives(group);
   small_things(group);
   errors_are_common(group);
@@ -309,6 +420,40 @@ void shuffled(Communicator& group, int calls) {
   }
 }
 
+// Random started calls of all lanes with random delays, a few of them under way at any time.
+void overlapped(Communicator& group, int calls) {
+  struct Call {
+    std::vector<float> sum, sent, got;
+    std::unique_ptr<Pending> summed, sending, receiving;
+  };
+  std::uint64_t shared = 362436069362436069ull, own = shared + std::uint64_t(group.rank()) * 7919;
+  const auto next = [](std::uint64_t& state) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state;
+  };
+  std::vector<Call> under_way(4);
+  for (int i = 0; i < calls + int(under_way.size()); ++i) {
+    if (next(own) % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(next(own) % 300));
+    Call& call = under_way[std::size_t(i) % under_way.size()];
+    if (call.summed) {
+      call.summed->wait();
+      call.receiving->wait();
+      call.sending.reset();
+      check(call.sum[0] == reduction<float>(group.size(), 0, Reduce::sum), "sum, call ", i);
+      check(same_bits(call.got, values<float>(before(group), std::int64_t(call.got.size()), 5)), "message, call ", i);
+    }
+    if (i >= calls) continue;
+    const std::int64_t n = std::int64_t(1 + next(shared) % 50'000);
+    call = {};
+    call.sum = values<float>(group.rank(), n);
+    call.sent = values<float>(group.rank(), n, 5);
+    call.got.resize(std::size_t(n));
+    call.summed = group.start_all_reduce(view_of(call.sum));
+    call.receiving = group.start_recv(view_of(call.got), before(group));
+    call.sending = group.start_send(view_of(call.sent), next_of(group));
+  }
+}
+
 std::string error_of(const std::function<void()>& work) {
   try {
     work();
@@ -328,6 +473,7 @@ TEST_CASE("a group of one is a group") {
 TEST_CASE("the world of this process is a group", "[mpi]") {
   suite(test_session().world());
   shuffled(test_session().world(), 300);
+  if (test_session().world().size() > 1) overlapped(test_session().world(), 60);
 }
 
 TEST_CASE("ranks that use messages are a group", "[mpi]") {
@@ -336,6 +482,7 @@ TEST_CASE("ranks that use messages are a group", "[mpi]") {
     const auto group = test_session().messages("by messages", longest);
     suite(*group);
     shuffled(*group, 100);
+    if (group->size() > 1) overlapped(*group, 20);
   }
 }
 
@@ -379,6 +526,42 @@ TEST_CASE("threads are ranks") {
   const int ranks = GENERATE(1, 2, 3, 4, 8);
   run_ranks(ranks, suite);
   run_ranks(ranks, [](Communicator& world) { shuffled(world, 200); });
+  if (ranks > 1) run_ranks(ranks, [](Communicator& world) { overlapped(world, 40); });
+}
+
+TEST_CASE("an error does not wait for what was started with ranks that wait for this one") {
+  const auto start = std::chrono::steady_clock::now();
+  const std::string message = error_of([] {
+    run_ranks(2, [](Communicator& world) {
+      std::vector<float> x(10), y(10), z(10);
+      if (world.rank() == 0) {
+        const auto receive = world.start_recv(view_of(x), 1), later = world.start_recv(view_of(y), 1);
+        const auto sum = world.start_all_reduce(view_of(z));
+        fail_input("bad data");
+      }
+      world.barrier();
+    });
+  });
+  CHECK(message == "bad data");
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(5));
+}
+
+TEST_CASE("a group that was given up ends its calls on every thread") {
+  const std::string message = error_of([] {
+    run_ranks(2, [](Communicator& world) {
+      std::vector<float> x(10);
+      if (world.rank() == 1) return world.recv(view_of(x), 0);
+      std::thread giver([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        world.give_up();
+      });
+      const std::string error = error_of([&] { world.recv(view_of(x), 1); });
+      giver.join();
+      check(error.find("is no longer waited for; rank 0") != std::string::npos, error);
+      world.send(view_of(x), 1);
+    });
+  });
+  CHECK(message.empty());
 }
 
 TEST_CASE("a rank that fails ends the others, and its error is the one that is seen") {
