@@ -11,6 +11,7 @@
 #include "apps/job.h"
 #include "apps/models.h"
 #include "apps/run_plan.h"
+#include "apps/signals.h"
 #include "apps/version.h"
 #include "parallel/parallel.h"
 
@@ -77,7 +78,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     say("check: all good");
     return ExitCode::ok;
   }
-  return run_job(*plan, world, threads, started, say);
+  return run_job(*plan, mpi, threads, started, say);
 }
 
 // libgomp reads when it is loaded how long a waiting thread spins, by default for milliseconds. Where ranks or other
@@ -113,6 +114,7 @@ int end_run(MpiSession& mpi, const char* message, ExitCode code) {
 int main(int argc, char** argv) {
   using namespace distill;
   spin_briefly(argv);
+  take_stop_signals();
   const Clock::time_point started = Clock::now();
   MpiSession mpi(argc, argv);
   try {

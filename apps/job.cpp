@@ -7,14 +7,13 @@
 #include <iostream>
 #include <memory>
 
-#include "apps/models.h"
+#include "apps/sides.h"
 #include "apps/signals.h"
 #include "core/train/teacher.h"
 #include "core/train/time_report.h"
 #include "core/train/trainer.h"
 #include "io/checkpoint.h"
 #include "io/durable_file.h"
-#include "io/export.h"
 #include "io/metric_sinks.h"
 #include "io/run_folder.h"
 #include "kernels/backends.h"
@@ -36,12 +35,6 @@ LossSpec loss_spec(const RunPlan& plan) {
           .topk_mode = c.logits_topk_mode,
           .vocabulary = plan.vocabulary};
 }
-
-// Largest micro-batch of training and validation.
-struct Sizes {
-  std::int64_t tokens = 0, supervised = 0;
-  int longest = 0;
-};
 
 // 2 FLOP a parameter and token forward, 4 backward; the embedding look-up is none. Causal attention: 4 FLOP per pair
 // and column forward, 8 backward.
@@ -70,101 +63,23 @@ TrainerOptions trainer_options(const RunPlan& plan, double peak_flops) {
   o.flops_per_pair = flops_per_pair(plan.student, true) + (plan.teacher ? flops_per_pair(*plan.teacher, false) : 0);
   o.peak_flops = peak_flops;
   o.ranks = int(plan.grid.places.size());
+  o.micro_batches = c.student.training_args.gradient_accumulation_steps;
   return o;
 }
 
-OptimizerConfig optimizer_config(const RunPlan& plan) {
-  const TrainingArgs& t = plan.config.student.training_args;
-  return {.beta1 = t.adam_beta1,
-          .beta2 = t.adam_beta2,
-          .epsilon = t.adam_epsilon,
-          .weight_decay = t.weight_decay,
-          .max_grad_norm = plan.config.max_grad_norm};
-}
-
-// The teacher's model and what it runs on.
-struct TeacherSide {
-  Transformer model;
-  Teacher teacher;
-
-  TeacherSide(Device& device, const RunPlan& plan, const Sizes& sizes)
-      : model(device, *plan.teacher, plan.config.teacher.model_args.dtype,
-              {.tokens = sizes.tokens,
-               .supervised = sizes.supervised,
-               .longest = sizes.longest,
-               .trains = false,
-               .recompute = Recompute::none}),
-        teacher(device, model, plan.vocabulary, sizes.tokens, sizes.supervised) {
-    fill_weights(device, plan.config.teacher.model_args.model_name_or_path, model.table(), model.spec(),
-                 std::uint64_t(plan.config.seed), model.values(), View());
-  }
-};
-
-struct StudentSide {
-  Transformer model;
-  Optimizer optimizer;
-
-  StudentSide(Device& device, const RunPlan& plan, const Sizes& sizes)
-      : model(device, plan.student, plan.config.student.model_args.dtype,
-              {.tokens = sizes.tokens,
-               .supervised = sizes.supervised,
-               .longest = sizes.longest,
-               .trains = true,
-               .recompute =
-                   plan.config.student.model_args.disable_gradient_checkpointing ? Recompute::none : Recompute::full}),
-        optimizer(device, model.table(), model.values(), optimizer_config(plan)) {
-    fill_weights(device, plan.config.student.model_args.model_name_or_path, model.table(), model.spec(),
-                 std::uint64_t(plan.config.seed), model.values(), optimizer.masters());
-  }
-};
-
-// Everything that a resumed run needs of the student, by name.
-std::vector<CheckpointTensor> state_tensors(StudentSide& student) {
-  std::vector<CheckpointTensor> tensors;
-  const auto add = [&](std::string_view kind, const View& flat) {
-    if (!flat.data) return;
-    const auto part = checkpoint_tensors(kind, student.model.table(), flat);
-    tensors.insert(tensors.end(), part.begin(), part.end());
-  };
-  add("values", student.model.values());
-  add("master", student.optimizer.masters());
-  add("exp_avg", student.optimizer.exp_avg());
-  add("exp_avg_sq", student.optimizer.exp_avg_sq());
-  return tensors;
-}
-
-// Where the run starts: at a checkpoint or at the beginning. All students call it; the first one decides.
-TrainState resume(const RunPlan& plan, CheckpointStore& store, StudentSide& student, Communicator& students,
-                  const Say& say) {
+// Where the run starts: at a checkpoint or at the beginning. All students call it.
+TrainState resume(const RunPlan& plan, CheckpointStore& store, StudentSide& student, const Say& say) {
   const Config& config = plan.config;
   std::string path;
-  students.run_together([&] {
-    if (students.rank() != 0) return;
-    if (const Resume& wanted = config.resume_from_checkpoint; wanted.wanted)
-      path = wanted.path.empty() ? store.newest().value_or("") : wanted.path;
-  });
-  path = students.broadcast(path, /*root=*/0);
+  if (const Resume& wanted = config.resume_from_checkpoint; wanted.wanted)
+    path = wanted.path.empty() ? store.newest().value_or("") : wanted.path;
   if (path.empty()) {
     if (config.resume_from_checkpoint.wanted) say("no checkpoint to resume from: starting at step 0");
     return {};
   }
-  TrainState state;
-  students.run_together([&] { state = store.load(path, state_tensors(student)); });
+  const TrainState state = store.load(path, student.state(CheckpointUse::load));
   say(text("resumed from ", path, " after step ", state.step));
   return state;
-}
-
-void export_student(const std::string& folder, const RunPlan& plan, Device& device, Transformer& model) {
-  const std::string& source = plan.config.student.model_args.model_name_or_path;
-  Tensor staging;
-  const auto read = [&](const Param& param, std::int64_t first, std::span<float> values) {
-    const std::int64_t n = std::int64_t(values.size());
-    if (!staging || staging.view().cols < n) staging = device.tensor(1, n, DType::f32);
-    const View block = staging.view().col_slice(0, n);
-    device.cast(block, model.values().col_slice(param.offset + first, n));
-    device.download(values.data(), block);
-  };
-  export_model(folder, {.model = source, .tokenizer = source}, model.table(), model.dtype(), read);
 }
 
 // What the first student writes beside checkpoints and export.
@@ -185,12 +100,30 @@ std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, c
   return sinks;
 }
 
+// The way of the teacher's logits between this rank and its partner, or within it.
+struct Channel {
+  std::unique_ptr<TeacherSource> source;  // a student of the last stage
+  std::unique_ptr<LogitsSink> sink;       // a teacher of the last stage
+
+  Channel(const RunPlan& plan, Device& device, const Place& place, const Groups& groups, TeacherSide* teacher) {
+    if (!plan.teacher || place.pp_rank + 1 != plan.grid.sizes.pp) return;
+    if (place.role == Role::both)
+      source = std::make_unique<LocalTeacher>(device, teacher->teacher, plan.config.teacher.model_args.dtype,
+                                              plan.logits_chunk);
+    else if (place.role == Role::student)
+      source = open_shared_source(*groups.partners, /*teacher=*/1, channel_shape(plan, place));
+    else
+      sink = open_shared_sink(*groups.partners, /*student=*/0, channel_shape(plan, place));
+  }
+};
+
 }  // namespace
 
-ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::time_point started, const Say& say) {
+ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_point started, const Say& say) {
+  Communicator& world = mpi.world();
   const Config& config = plan.config;
   const Place& place = plan.grid.places[std::size_t(world.rank())];
-  const Groups groups = make_groups(world, plan.grid);
+  const Groups groups = make_groups(world, plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp));
   const bool leads = world.rank() == 0;  // the first student: writes what is written once
   std::optional<RunFolder> folder;
   world.run_together([&] {
@@ -202,42 +135,33 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::t
   const Sizes sizes{.tokens = std::max(data->most_tokens(), validation ? validation->most_tokens() : 0),
                     .supervised = std::max(data->most_supervised(), validation ? validation->most_supervised() : 0),
                     .longest = std::max(plan.train.longest, plan.validation ? plan.validation->longest : 0)};
-  catch_stop_signals();
+  const StopSignals signals([&mpi] { mpi.ask_to_stop(); });
 
   // Each step of the preparation succeeds on all ranks or on none, so that what is wrong is said once.
-  const bool studies = place.role != Role::teacher, teaches = place.role != Role::student && plan.teacher;
+  const bool studies = is_student(place.role), teaches = plan.teacher && is_teacher(place.role);
   std::optional<StudentSide> student;
   std::optional<TeacherSide> teacher;
   world.run_together([&] {
-    if (studies) student.emplace(*device, plan, sizes);
-    if (teaches) teacher.emplace(*device, plan, sizes);
+    if (studies) student.emplace(*device, plan, sizes, place, groups);
+    if (teaches) teacher.emplace(*device, plan, sizes, place, *groups.tp);
   });
-  std::unique_ptr<TeacherSource> source;
-  std::unique_ptr<LogitsSink> sink;
-  world.run_together([&] {
-    if (studies && teaches)
-      source =
-          std::make_unique<LocalTeacher>(*device, teacher->teacher, config.teacher.model_args.dtype, plan.logits_chunk);
-    else if (teaches)
-      sink = open_shared_sink(world, place.partner, channel_shape(plan));
-    else if (plan.teacher)
-      source = open_shared_source(world, place.partner, channel_shape(plan));
-  });
+  std::optional<Channel> channel;
+  world.run_together([&] { channel.emplace(plan, *device, place, groups, teacher ? &*teacher : nullptr); });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
-  // Every student holds the whole state, so the first one writes it and each reads it.
-  Alone self;
-  CheckpointFolder checkpoints(
-      config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads), {}, config.max_ckpt_to_keep,
-      *device, self, leads ? CheckpointFolder::Warn(warn) : [](const std::string&) {});
+  CheckpointFolder checkpoints(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
+                               {place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
+                               *groups.role, warn);
   TrainState state;
   std::vector<std::unique_ptr<MetricSink>> sinks;
   world.run_together([&] {
-    if (studies) state = resume(plan, checkpoints, *student, *groups.role, say);
+    if (studies) state = resume(plan, checkpoints, *student, say);
     if (leads) sinks = open_outputs(*folder, plan, state.step, warn);
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {
-    TeacherLoop{*device, teacher->teacher, *data, *sink, plan.logits_chunk}.run(first_step, plan.total_steps);
+    TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, *groups.pp_forward,
+                *groups.pp_backward)
+        .run(first_step, plan.total_steps);
     return ExitCode::ok;
   }
 
@@ -247,17 +171,14 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::t
   hooks.report = [&](const MetricRecord& record) {
     for (const auto& sink : sinks) sink->write(record);
   };
-  hooks.save = [&](const TrainState& at) {
-    groups.role->run_together([&] {
-      if (leads) checkpoints.save(at, state_tensors(*student));
-    });
-  };
+  hooks.save = [&](const TrainState& at) { checkpoints.save(at, student->state(CheckpointUse::save)); };
   bool is_late = false;
   hooks.stop_requested = [&] {
     is_late = leads && config.max_time && Clock::now() - started >= *config.max_time;  // one clock decides for all
-    return groups.role->any(is_late || stop_signal_came());
+    return groups.role->any(is_late || mpi.stop_asked());
   };
-  Trainer trainer(*device, student->model, student->optimizer, source.get(), *data, validation.get(), *groups.dp,
+  Trainer trainer(*device, student->model, student->optimizer, student->sync, channel->source.get(), *data,
+                  validation.get(), {*groups.role, *groups.dp, *groups.pp_forward, *groups.pp_backward},
                   trainer_options(plan, peak_flops), std::move(hooks));
   device->reset_op_times();
   const Trainer::End end = trainer.run(state);
@@ -269,9 +190,9 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::t
     return ExitCode::interrupted;
   }
   groups.role->run_together([&] {
+    const std::string out = leads ? folder->file("export") : "";
+    export_student(out, plan, *device, *student, *groups.role);
     if (!leads) return;
-    const std::string out = folder->file("export");
-    export_student(out, plan, *device, student->model);
     folder->mark_finished(state.step);
     say(text("finished ", plan.total_steps, " steps; the student is in ", out));
   });

@@ -4,7 +4,7 @@
 #include <chrono>
 
 #include "apps/run_plan.h"
-#include "core/communicator.h"
+#include "parallel/parallel.h"
 
 namespace distill {
 
@@ -14,6 +14,6 @@ using Clock = std::chrono::steady_clock;
 // saving. What keeps the run from starting, and what stops all students at once, is a CommonError: on every rank where
 // it keeps the run from starting, else on every student, and then the teachers return.
 // max_time counts from `started`.
-ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::time_point started, const Say& say);
+ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_point started, const Say& say);
 
 }  // namespace distill

@@ -14,13 +14,20 @@ namespace distill {
 
 namespace {
 
+// A value depends on its place in the whole parameter only, so every grid draws the same weights.
 void fill_random(Device& device, const ParamTable& table, const ModelSpec& spec, std::uint64_t seed, View values) {
-  std::uint64_t index = 0;
   for (const Param& p : table.all()) {
     const View v = p.in(values);
+    const auto fill = [&](View rows, std::int64_t row) {
+      device.fill_normal(rows, seed, std::uint64_t(p.index), (p.first_row + row) * p.whole_cols + p.first_col,
+                         float(spec.initializer_range));
+    };
     switch (p.init) {
       case Init::normal:
-        device.fill_normal(v, seed, index, 0, float(spec.initializer_range));
+        if (p.cols == p.whole_cols)
+          fill(v, 0);
+        else
+          for (std::int64_t r = 0; r < p.rows; ++r) fill(v.row_slice(r, 1), r);
         break;
       case Init::zeros:
         device.zero(v);
@@ -32,14 +39,13 @@ void fill_random(Device& device, const ParamTable& table, const ModelSpec& spec,
         device.cast(v, staging.view());
       }
     }
-    ++index;
   }
 }
 
 }  // namespace
 
-Weights fill_weights(Device& device, const std::filesystem::path& folder, const ParamTable& table,
-                     const ModelSpec& spec, std::uint64_t seed, View values, View masters) {
+void fill_weights(Device& device, const std::filesystem::path& folder, const ParamTable& table, const ModelSpec& spec,
+                  std::uint64_t seed, View values, Optimizer* optimizer) {
   Tensor staging;
   const auto store = [&](const Param& param, std::int64_t first, std::span<const float> part) {
     const std::int64_t n = std::int64_t(part.size());
@@ -47,12 +53,11 @@ Weights fill_weights(Device& device, const std::filesystem::path& folder, const 
     const View block = staging.view().col_slice(0, n);
     device.upload(block, part.data());
     device.cast(values.col_slice(param.offset + first, n), block);
-    if (masters.data) device.cast(masters.col_slice(param.offset + first, n), block);
+    if (optimizer) optimizer->set_masters(param.offset + first, block);
   };
-  if (load_weights(folder, table, store)) return Weights::loaded;
+  if (load_weights(folder, param_table(spec), table, store)) return;
   fill_random(device, table, spec, seed, values);
-  if (masters.data) device.cast(masters, values);
-  return Weights::random;
+  if (optimizer) optimizer->reset_masters();
 }
 
 int compute_threads(Communicator& world) {

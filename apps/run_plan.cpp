@@ -109,9 +109,51 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
                     .dp_size = plan.grid.sizes.dp},
           .dp_rank = dp_rank,
           .layout = worker.use_sequence_packing ? Layout::packed : Layout::padded,
+          .row_multiple = plan.cuts_tokens ? plan.grid.sizes.tp : 1,
           .last = LastBatch::drop,
           .seed = std::uint64_t(plan.config.seed),
           .shuffle = worker.data_args.shuffle};
+}
+
+VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank) {
+  return vocabulary_part(plan.vocabulary, spec.vocabulary, plan.grid.sizes.tp, tp_rank);
+}
+
+// Why a model cannot be cut so; empty when it can.
+std::string misfit(const ModelSpec& spec, int tp, int pp) {
+  if (spec.q_heads % tp != 0) return text(spec.q_heads, " attention heads are no multiple of tp_size ", tp);
+  if (spec.kv_heads % tp != 0 && tp % spec.kv_heads != 0)
+    return text(spec.kv_heads, " key/value heads and tp_size ", tp, " do not divide each other");
+  if (spec.feed_forward % tp != 0) return text("intermediate_size ", spec.feed_forward, " is no multiple of tp_size ", tp);
+  if (spec.layers < pp) return text(spec.layers, " layers are fewer than pp_size ", pp);
+  return {};
+}
+
+// The grids of so many ranks a role that fit all models: "tp 1, pp 2, dp 4; …".
+std::string fitting_grids(const std::vector<const ModelSpec*>& models, int ranks) {
+  std::string grids;
+  for (int tp = 1; tp <= ranks; ++tp)
+    for (int pp = 1; tp * pp <= ranks; ++pp) {
+      if (ranks % (tp * pp) != 0) continue;
+      if (std::all_of(models.begin(), models.end(), [&](const ModelSpec* m) { return misfit(*m, tp, pp).empty(); }))
+        grids += text(grids.empty() ? "" : "; ", "tp ", tp, ", pp ", pp, ", dp ", ranks / (tp * pp));
+    }
+  return grids;
+}
+
+void check_grid_fits(const ConfigFile& file, const RunPlan& plan) {
+  const auto& [tp, pp, dp] = plan.grid.sizes;
+  std::vector<const ModelSpec*> models{&plan.student};
+  if (plan.teacher) models.push_back(&*plan.teacher);
+  for (const ModelSpec* model : models) {
+    const std::string problem = misfit(*model, tp, pp);
+    const bool is_layers = problem.find("layers") != std::string::npos;
+    const std::string key = text("student.strategy_args.strategy_config.",
+                                 is_layers ? "pipeline" : "tensor", "_model_parallel_size");
+    check_input(problem.empty(), file.where(key), ": ", key, ": the ", model == &plan.student ? "student" : "teacher",
+                "'s ", problem, "; grids that fit ", tp * pp * dp, tp * pp * dp == 1 ? " rank" : " ranks", " a role: ",
+                fitting_grids(models, tp * pp * dp));
+  }
 }
 
 // Fails now where the run could not write later: the nearest folder that exists must let us make others in it.
@@ -167,7 +209,8 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   if (plan.teacher && int(plan.grid.places.size()) > ranks) {
     std::map<int, std::size_t> needed;  // bytes by node
     for (const Place& place : plan.grid.places)
-      if (place.role == Role::student) needed[place.node] += channel_bytes(channel_shape(plan));
+      if (place.role == Role::student && place.pp_rank + 1 == plan.grid.sizes.pp)
+        needed[place.node] += channel_bytes(channel_shape(plan, place));
     std::size_t most = 0;
     for (const auto& [node, bytes] : needed) most = std::max(most, bytes);
     if (const auto available = shared_memory_available(); most > available)
@@ -211,6 +254,9 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
                   "model");
     });
 
+  check_grid_fits(file, plan);
+  plan.cuts_tokens = config.student.strategy_args.strategy_config.sequence_parallel && plan.grid.sizes.tp > 1;
+
   const DataArgs& data = config.student.data_args;
   plan.train =
       read_data(file, "student.data_args.file_name", data.file_name, data.template_name, *tokenizer, threads, progress);
@@ -232,7 +278,7 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
                           ? training.warmup_steps
                           : std::int64_t(std::ceil(training.warmup_ratio * double(plan.total_steps)));
   plan.schedule = schedule_named(training.lr_scheduler_type);
-  const std::int64_t columns = head_columns(plan.vocabulary, plan.student.vocabulary);
+  const std::int64_t columns = head_part(plan, plan.student, 0).columns;
   const std::int64_t chunk =
       config.logits_chunk.value.value_or(int(default_logits_chunk(columns, config.student.model_args.dtype)));
   plan.logits_chunk = std::min(chunk, std::max<std::int64_t>(1, training_data(plan, 0)->most_supervised()));
@@ -249,12 +295,12 @@ std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank) {
   if (!plan.validation) return nullptr;
   return std::make_unique<EncodedDataSource>(
       plan.validation->samples, validation_plan(plan.config.student.infer_batch_size, plan.grid.sizes.dp, dp_rank,
-                                                data_plan(plan, dp_rank).layout));
+                                                data_plan(plan, dp_rank).layout, data_plan(plan, dp_rank).row_multiple));
 }
 
-ChannelShape channel_shape(const RunPlan& plan) {
+ChannelShape channel_shape(const RunPlan& plan, const Place& place) {
   return {.positions = plan.logits_chunk,
-          .columns = head_columns(plan.vocabulary, plan.teacher->vocabulary),
+          .columns = head_part(plan, *plan.teacher, place.tp_rank).columns,
           .dtype = plan.config.teacher.model_args.dtype,
           .slots = plan.config.logits_ring_slots};
 }
@@ -357,7 +403,7 @@ std::string describe(const RunPlan& plan) {
            plan.steps_per_epoch, " an epoch; ", training.lr_scheduler_type, " schedule, peak rate ",
            training.learning_rate, ", ", plan.warmup_steps, " warm-up steps\n");
   if (plan.teacher) {
-    const double slot = double(plan.logits_chunk) * double(head_columns(plan.vocabulary, plan.teacher->vocabulary)) *
+    const double slot = double(plan.logits_chunk) * double(head_part(plan, *plan.teacher, 0).columns) *
                         double(size_of(config.teacher.model_args.dtype));
     out += text("  loss: ", 1 - config.distill_loss_weight, " × cross-entropy + ", config.distill_loss_weight, " × ",
                 objective_names[std::size_t(config.kd_objective)], " at temperature ", config.kd_temperature,

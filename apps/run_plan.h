@@ -39,6 +39,7 @@ struct RunPlan {
   Schedule schedule{};
   std::int64_t logits_chunk = 0;  // positions
   bool student_has_weights = false;
+  bool cuts_tokens = false;  // sequence parallel, both roles
   std::vector<std::string> warnings;  // one line each
 };
 
@@ -51,8 +52,8 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
 std::unique_ptr<DataSource> training_data(const RunPlan& plan, int dp_rank);
 std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank);  // null where there is none
 
-// The logits channel of a run with a teacher.
-ChannelShape channel_shape(const RunPlan& plan);
+// The logits channel between the two ranks of a place.
+ChannelShape channel_shape(const RunPlan& plan, const Place& place);
 
 // What the run's checkpoints say of it; `threads` of a student rank, 0 where that is not known.
 CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads);

@@ -95,9 +95,9 @@ class ModelWeights::Files {
     check_against_table();
   }
 
-  void load(const WeightSink& sink) const {
+  void load(const ParamTable& part, const WeightSink& sink) const {
     std::vector<float> block;
-    for (const Param& param : table_.all()) load(param, tensors_.at(param.name).tensor, block, sink);
+    for (const Param& param : part.all()) load(param, tensors_.at(param.name).tensor, block, sink);
   }
 
   std::int64_t bytes() const {
@@ -170,16 +170,22 @@ class ModelWeights::Files {
                 ", but config.json ties the two (tie_word_embeddings: true)");
   }
 
+  // Whole rows lie side by side; of cut ones the columns are picked, so that only what is wanted is read.
   static void load(const Param& param, const SafeTensor& tensor, std::vector<float>& block, const WeightSink& sink) {
     const DType type = *readable(tensor.dtype);
-    const auto total = std::size_t(param.size());
-    for (std::size_t first = 0; first < total; first += block_elements) {
-      const std::size_t n = std::min(block_elements, total - first), width = size_of(type);
-      const char* source = tensor.bytes.data() + first * width;
-      read_ahead(tensor.bytes.substr(first * width, 2 * block_elements * width));
-      block.resize(n);
-      widen(block, type, source);
-      sink(param, std::int64_t(first), block);
+    const auto width = size_of(type), cols = std::size_t(param.cols), whole_cols = std::size_t(param.whole_cols);
+    const bool has_whole_rows = param.cols == param.whole_cols;
+    const auto run = has_whole_rows ? std::size_t(param.size()) : cols;  // neighbouring elements
+    const std::size_t runs = has_whole_rows ? 1 : std::size_t(param.rows);
+    const std::size_t first = std::size_t(param.first_row) * whole_cols + std::size_t(param.first_col);
+    for (std::size_t r = 0; r < runs; ++r) {
+      for (std::size_t done = 0; done < run; done += block_elements) {
+        const std::size_t n = std::min(block_elements, run - done), at = (first + r * whole_cols + done) * width;
+        if (has_whole_rows) read_ahead(tensor.bytes.substr(at, 2 * block_elements * width));
+        block.resize(n);
+        widen(block, type, tensor.bytes.data() + at);
+        sink(param, std::int64_t(r * cols + done), block);
+      }
     }
   }
 
@@ -208,12 +214,12 @@ std::optional<ModelWeights> ModelWeights::open(const std::string& folder, const 
   return std::nullopt;
 }
 
-void ModelWeights::load(const WeightSink& sink) const { files_->load(sink); }
+void ModelWeights::load(const ParamTable& part, const WeightSink& sink) const { files_->load(part, sink); }
 std::int64_t ModelWeights::bytes() const { return files_->bytes(); }
 
-bool load_weights(const std::string& folder, const ParamTable& table, const WeightSink& sink) {
-  const auto weights = ModelWeights::open(folder, table);
-  if (weights) weights->load(sink);
+bool load_weights(const std::string& folder, const ParamTable& whole, const ParamTable& part, const WeightSink& sink) {
+  const auto weights = ModelWeights::open(folder, whole);
+  if (weights) weights->load(part, sink);
   return weights.has_value();
 }
 

@@ -21,12 +21,13 @@ ModelSpec read_model_spec(const std::string& folder);
 // The same from the text of a config.json; `path` is what messages call it.
 ModelSpec parse_model_spec(std::string_view json, const std::string& path);
 
-// Receives values [first_element, first_element + values.size()) of a parameter, row-major. Parameters come in the
-// order of the table, their blocks in ascending order; a block is at most 16 MB and only valid during the call.
+// Receives values [first_element, first_element + values.size()) of the part of a parameter that a table holds,
+// row-major. Parameters come in the order of the table, their blocks in ascending order; a block is at most 16 MB, or one
+// row, and only valid during the call.
 using WeightSink = std::function<void(const Param& param, std::int64_t first_element, std::span<const float> values)>;
 
-// The weights of a folder, checked against a table: every parameter is there with its shape and a dtype that can be
-// read, and nothing else but what transformers ignores too.
+// The weights of a folder, checked against the table of the whole model: every parameter is there with its shape and a
+// dtype that can be read, and nothing else but what transformers ignores too.
 class ModelWeights {
  public:
   // Nothing when the folder holds no weights at all: the model starts from random ones. The table must outlive this.
@@ -35,7 +36,8 @@ class ModelWeights {
   ModelWeights(ModelWeights&&) noexcept;
   ModelWeights& operator=(ModelWeights&&) noexcept;
 
-  void load(const WeightSink& sink) const;
+  // What `part` holds of the model.
+  void load(const ParamTable& part, const WeightSink& sink) const;
   std::int64_t bytes() const;  // of the files
 
  private:
@@ -44,7 +46,7 @@ class ModelWeights {
   std::unique_ptr<Files> files_;
 };
 
-// False when the folder holds no weights.
-bool load_weights(const std::string& folder, const ParamTable& table, const WeightSink& sink);
+// What `part` holds of the model whose table is `whole`. False when the folder holds no weights.
+bool load_weights(const std::string& folder, const ParamTable& whole, const ParamTable& part, const WeightSink& sink);
 
 }  // namespace distill

@@ -123,19 +123,31 @@ std::string describe(const Grid& grid, std::span<const std::string> hosts) {
   return out.str();
 }
 
-Groups make_groups(Communicator& world, const Grid& grid) {
+int role_rank(const GridSizes& sizes, const Place& place) {
+  return place.tp_rank + sizes.tp * (place.dp_rank + sizes.dp * place.pp_rank);
+}
+
+Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers) {
   check(int(grid.places.size()) == world.size(), "a grid of ", grid.places.size(), " ranks for ", world.size());
   const Place& me = grid.places[std::size_t(world.rank())];
   const GridSizes& sizes = grid.sizes;
   Groups groups;
-  groups.role = world.split(is_student(me.role) ? 0 : 1, me.tp_rank + sizes.tp * (me.dp_rank + sizes.dp * me.pp_rank),
+  groups.role = world.split(is_student(me.role) ? 0 : 1, role_rank(sizes, me),
                             is_student(me.role) ? "students" : "teachers");
   const auto group = [&](const char* name, int color, int key) {
     return groups.role->split(color, key, text(name, " ", color, " of ", groups.role->name()));
   };
+  const int pipeline = me.tp_rank + sizes.tp * me.dp_rank;
   groups.tp = group("tp", me.dp_rank + sizes.dp * me.pp_rank, me.tp_rank);
   groups.dp = group("dp", me.tp_rank + sizes.tp * me.pp_rank, me.dp_rank);
-  groups.pp = group("pp", me.tp_rank + sizes.tp * me.dp_rank, me.pp_rank);
+  groups.pp_forward = group("pp", pipeline, me.pp_rank);
+  groups.pp_backward = group("pp (backward)", pipeline, me.pp_rank);
+  groups.kv = groups.tp->split(me.tp_rank / kv_sharers, me.tp_rank, text("kv of ", groups.tp->name()));
+  const bool is_end = sizes.pp > 1 && (me.pp_rank == 0 || me.pp_rank == sizes.pp - 1);
+  groups.tied = group("tied embeddings", is_end ? pipeline : -1, me.pp_rank);
+  const bool has_partner = me.partner >= 0 && me.partner != world.rank();
+  groups.partners = world.split(has_partner ? std::min(me.partner, world.rank()) : -1, is_student(me.role) ? 0 : 1,
+                                "partners");
   return groups;
 }
 

@@ -47,9 +47,17 @@ std::string describe(const Grid& grid, std::span<const std::string> hosts = {});
 
 // The groups that this rank takes part in. Every rank of world calls it.
 struct Groups {
-  std::unique_ptr<Communicator> role;  // all students, or all teachers
-  std::unique_ptr<Communicator> tp, dp, pp;
+  std::unique_ptr<Communicator> role;  // all students, or all teachers; by pp, dp and tp coordinate
+  std::unique_ptr<Communicator> tp, dp;
+  std::unique_ptr<Communicator> pp_forward, pp_backward;  // the same ranks, one for each direction
+  std::unique_ptr<Communicator> kv;    // tensor-parallel neighbours that share key/value heads
+  std::unique_ptr<Communicator> tied;  // first and last stage; null on others and where these are one
+  std::unique_ptr<Communicator> partners;  // a student and its teacher; null where there is one role
 };
-Groups make_groups(Communicator& world, const Grid& grid);
+// kv_sharers: tensor-parallel ranks that hold the same key/value heads.
+Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers);
+
+// Rank in Groups::role of a coordinate.
+int role_rank(const GridSizes& sizes, const Place& place);
 
 }  // namespace distill

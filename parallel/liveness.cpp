@@ -96,8 +96,14 @@ std::string PeerWatch::trouble(std::chrono::milliseconds dead_after) {
               " s (stopped, or its node hangs; peer_dead_after)");
 }
 
-NodeLives::NodeLives(std::shared_ptr<std::byte> signs, std::size_t mine)
-    : signs_(std::move(signs)), heart_(at(mine).sign()) {}
+NodeLives::NodeLives(std::shared_ptr<std::byte> signs, std::size_t count, std::size_t mine)
+    : signs_(std::move(signs)), count_(count), mine_(mine), heart_(at(mine).sign()) {}
+
+bool NodeLives::stop_asked() const {
+  for (std::size_t i = 0; i < count_; ++i)
+    if (at(i).wants_stop.load(std::memory_order_relaxed) != 0) return true;
+  return false;
+}
 
 LifeSign& NodeLives::at(std::size_t index) const {
   return std::launder(reinterpret_cast<LifeSign*>(signs_.get()))[index];

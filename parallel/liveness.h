@@ -19,6 +19,7 @@ struct alignas(64) LifeSign {
   std::atomic<std::uint64_t> beats;
   std::atomic<std::int64_t> pid;
   std::atomic<std::uint64_t> pid_space;  // process ids mean something only within one pid namespace
+  std::atomic<std::uint64_t> wants_stop;  // asked by a signal to end the run
 
   LifeSign& sign();  // as this process
 };
@@ -80,16 +81,20 @@ class Lives {
 // The ranks of this node by their signs of life; nothing is known about others.
 class NodeLives final : public Lives {
  public:
-  // signs: a table of LifeSign in shared memory; this process signs at `mine` and its heart begins to beat.
-  NodeLives(std::shared_ptr<std::byte> signs, std::size_t mine);
+  // signs: a table of `count` LifeSigns in shared memory; this process signs at `mine` and its heart begins to beat.
+  NodeLives(std::shared_ptr<std::byte> signs, std::size_t count, std::size_t mine);
   // The rank whose sign is at `index`; it has signed.
   void watch(int world_rank, std::size_t index);
   std::string trouble(int world_rank, std::chrono::milliseconds dead_after) override;
+  void ask_to_stop() { at(mine_).wants_stop.store(1, std::memory_order_relaxed); }  // any thread
+  // Of any rank of this node.
+  bool stop_asked() const;
 
  private:
   LifeSign& at(std::size_t index) const;
 
   std::shared_ptr<std::byte> signs_;
+  std::size_t count_, mine_;
   Heart heart_;
   std::mutex mutex_;
   std::map<int, PeerWatch> watches_;

@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
@@ -334,7 +335,7 @@ std::shared_ptr<NodeLives> start_lives(Communicator& world, GroupMemory& memory)
   std::shared_ptr<NodeLives> lives;
   world.run_together([&] {
     if (!is_maker) block = memory.attach(tickets[std::size_t(here.front())], bytes);
-    lives = std::make_shared<NodeLives>(block, mine);
+    lives = std::make_shared<NodeLives>(block, here.size(), mine);
   });
   if (is_maker) memory.seal(ticket);
   for (std::size_t i = 0; i < here.size(); ++i)
@@ -348,6 +349,7 @@ struct MpiSession::State {
   std::vector<Member> members;
   std::shared_ptr<Node> node = std::make_shared<Node>();
   std::unique_ptr<Communicator> world;
+  std::atomic<bool> stop_asked = false;  // of a world of one
   int exceptions_at_start = 0;
 };
 
@@ -401,6 +403,15 @@ MpiSession::~MpiSession() {
 }
 
 Communicator& MpiSession::world() { return *state_->world; }
+
+void MpiSession::ask_to_stop() {
+  state_->stop_asked = true;
+  if (state_->node->lives) state_->node->lives->ask_to_stop();
+}
+
+bool MpiSession::stop_asked() const {
+  return state_->stop_asked || (state_->node->lives && state_->node->lives->stop_asked());
+}
 
 std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t longest_message) {
   check(longest_message > 0 && longest_message <= std::size_t(INT_MAX), "messages of ", longest_message, " bytes");

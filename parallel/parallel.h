@@ -21,6 +21,9 @@ class MpiSession {
   MpiSession& operator=(const MpiSession&) = delete;
 
   Communicator& world();
+  // That this run shall end soon. Whoever is asked on a node, all ranks of the node see it. Any thread.
+  void ask_to_stop();
+  bool stop_asked() const;
   // A group of all ranks that uses messages even within a node, none longer than longest_message bytes.
   std::unique_ptr<Communicator> messages(std::string name, std::size_t longest_message = std::size_t(1) << 30);
   // Ends all ranks now with this exit code.

@@ -35,7 +35,22 @@ std::vector<float> rope_frequencies(const ModelSpec& spec) {
 }  // namespace
 
 Transformer::Transformer(Device& device, const ModelSpec& spec, DType dtype, const Limits& limits)
-    : device_(device), spec_(spec), limits_(limits), table_(param_table(spec)) {
+    : Transformer(device, spec, dtype, limits, {.part = whole_model(spec)}) {}
+
+Transformer::Transformer(Device& device, const ModelSpec& spec, DType dtype, const Limits& limits,
+                         const ModelPlace& place)
+    : device_(device),
+      spec_(spec),
+      part_(place.part),
+      alone_(place.tp ? nullptr : std::make_unique<Alone>("tp")),
+      tp_(place.tp ? *place.tp : *alone_, place.part.cuts_tokens),
+      q_heads_(spec.q_heads / tp_.size()),
+      kv_heads_(spec.kv_heads * kv_sharers(spec, tp_.size()) / tp_.size()),
+      feed_forward_(spec.feed_forward / tp_.size()),
+      limits_(limits),
+      table_(param_table(spec, part_, place.bucket_parts)) {
+  check(part_.tp_size == tp_.size() && part_.tp_rank == tp_.rank(), "a part of tensor-parallel rank ", part_.tp_rank,
+        " of ", part_.tp_size, " in a group of rank ", tp_.rank(), " of ", tp_.size());
   values_ = device.tensor(1, table_.storage_size(), dtype);
   device.zero(values_.view());
   if (limits.trains) {
@@ -71,51 +86,70 @@ void Transformer::make_rope_table() {
   device_.cast(rope_table_.view(), narrow.view());
 }
 
-BlockActivations Transformer::plan_block(Arena& arena) const {
-  const ModelSpec& s = spec_;
-  const std::int64_t t = limits_.tokens;
+// kept: what the backward finds there; otherwise what all blocks share. Without recomputation everything is kept, with
+// selective recomputation the products, with full recomputation nothing.
+BlockActivations Transformer::plan_block(Arena& arena, bool kept) const {
+  const Recompute recompute = limits_.trains ? limits_.recompute : Recompute::full;
+  const bool has_products = kept == (recompute != Recompute::full), has_others = kept == (recompute == Recompute::none);
+  const std::int64_t t = limits_.tokens, own = tp_.own_rows(t), hidden = spec_.hidden;
+  const std::int64_t q = q_cols(), kv = kv_cols();
   const DType type = dtype(), wide = wide_type(type);
   BlockActivations a;
-  a.normed = arena.make(t, s.hidden, type);
-  a.inv_rms = arena.make(t, 1, wide);
-  a.qkv = arena.make(t, s.q_cols() + 2 * s.kv_cols(), type);
-  if (s.qk_norm) {
-    a.qk = arena.make(t, s.q_cols() + s.kv_cols(), type);
-    a.q_inv_rms = arena.make(t, s.q_heads, wide);
-    a.k_inv_rms = arena.make(t, s.kv_heads, wide);
+  if (has_products) {
+    a.qkv = arena.make(t, q + 2 * kv, type);
+    a.middle = arena.make(own, hidden, type);
+    a.gate_up = arena.make(t, 2 * feed_forward_, type);
   }
-  a.attended = arena.make(t, s.q_cols(), type);
-  a.log_sum = arena.make(t, s.q_heads, wide);
-  a.middle = arena.make(t, s.hidden, type);
-  a.middle_normed = arena.make(t, s.hidden, type);
-  a.middle_inv_rms = arena.make(t, 1, wide);
-  a.gate_up = arena.make(t, 2 * s.feed_forward, type);
-  a.gated = arena.make(t, s.feed_forward, type);
+  if (!has_others) return a;
+  a.normed = arena.make(own, hidden, type);
+  a.inv_rms = arena.make(own, 1, wide);
+  if (spec_.qk_norm) {
+    a.qk = arena.make(t, q + kv, type);
+    a.q_inv_rms = arena.make(t, q_heads_, wide);
+    a.k_inv_rms = arena.make(t, kv_heads_, wide);
+  }
+  a.attended = arena.make(t, q, type);
+  a.log_sum = arena.make(t, q_heads_, wide);
+  a.middle_normed = arena.make(own, hidden, type);
+  a.middle_inv_rms = arena.make(own, 1, wide);
+  a.gated = arena.make(t, feed_forward_, type);
   return a;
 }
 
 void Transformer::plan(Workspace& work, Arena& arena) const {
-  const ModelSpec& s = spec_;
-  const std::int64_t t = limits_.tokens, c = limits_.supervised;
+  const std::int64_t t = limits_.tokens, own = tp_.own_rows(t), c = limits_.supervised, hidden = spec_.hidden;
   const DType type = dtype(), wide = wide_type(type);
-  const int kept_inputs = limits_.trains ? s.layers + 1 : 2;
-  for (int i = 0; i < kept_inputs; ++i) work.inputs.push_back(arena.make(t, s.hidden, type));
-  const bool keep_all = limits_.trains && limits_.recompute == Recompute::none;
-  for (int i = 0; i < (keep_all ? s.layers : 1); ++i) work.blocks.push_back(plan_block(arena));
-  work.branch = arena.make(t, s.hidden, type);
-  work.last = arena.make(c, s.hidden, type);
-  work.hidden = arena.make(c, s.hidden, type);
-  work.last_inv_rms = arena.make(c, 1, wide);
+  const int layers = layers_here(), slots = limits_.in_flight;
+  for (int i = 0; i < slots + (part_.has_embedding ? 0 : 1); ++i)
+    work.stage_inputs.push_back(arena.make(own, hidden, type));
+  for (int i = 0; i < slots; ++i) {
+    Slot slot;
+    for (int layer = 0; layer < (limits_.trains ? layers : 1); ++layer)
+      slot.inputs.push_back(arena.make(own, hidden, type));
+    for (int layer = 0; layer < (limits_.trains ? layers : 0); ++layer) slot.blocks.push_back(plan_block(arena, true));
+    if (part_.has_head) {
+      slot.last = arena.make(c, hidden, type);
+      slot.hidden = arena.make(c, hidden, type);
+      slot.last_inv_rms = arena.make(c, 1, wide);
+    }
+    work.slots.push_back(std::move(slot));
+  }
+  work.transient = plan_block(arena, false);
+  work.branch = arena.make(own, hidden, type);
+  if (tp_.cuts_tokens()) {
+    work.whole = arena.make(t, hidden, type);
+    work.partial = arena.make(t, hidden, type);
+  }
   if (!limits_.trains) return;
-  work.dlast = arena.make(c, s.hidden, type);
-  work.dx = arena.make(t, s.hidden, type);
-  work.dmiddle = arena.make(t, s.hidden, type);
-  work.dnormed = arena.make(t, s.hidden, type);
-  work.dattended = arena.make(t, s.q_cols(), type);
-  if (s.qk_norm) work.dqk = arena.make(t, s.q_cols() + s.kv_cols(), type);
-  work.dqkv = arena.make(t, s.q_cols() + 2 * s.kv_cols(), type);
-  work.dgated = arena.make(t, s.feed_forward, type);
-  work.dgate_up = arena.make(t, 2 * s.feed_forward, type);
+  if (part_.has_head) work.dlast = arena.make(c, hidden, type);
+  for (View& dx : work.dx) dx = arena.make(own, hidden, type);
+  work.dmiddle = arena.make(own, hidden, type);
+  work.dnormed = arena.make(own, hidden, type);
+  work.dattended = arena.make(t, q_cols(), type);
+  if (spec_.qk_norm) work.dqk = arena.make(t, q_cols() + kv_cols(), type);
+  work.dqkv = arena.make(t, q_cols() + 2 * kv_cols(), type);
+  work.dgated = arena.make(t, feed_forward_, type);
+  work.dgate_up = arena.make(t, 2 * feed_forward_, type);
 }
 
 ModelParams Transformer::model_params(const View& flat) const {
@@ -130,91 +164,108 @@ ModelParams Transformer::model_params(const View& flat) const {
     const std::int64_t height = p->is_matrix ? count : 1, width = p->is_matrix ? p->cols : count;
     return flat.col_slice(p->offset, height * width).reshaped(height, width);
   };
-  const std::int64_t qkv_cols = spec_.q_cols() + 2 * spec_.kv_cols();
-  ModelParams params{.embedding = view("model.embed_tokens.weight"),
-                     .blocks = {},
-                     .norm = view("model.norm.weight"),
-                     .head = view(spec_.tied_head ? "model.embed_tokens.weight" : "lm_head.weight")};
-  for (int layer = 0; layer < spec_.layers; ++layer) {
+  ModelParams params;
+  if (part_.has_embedding) params.embedding = view("model.embed_tokens.weight");
+  if (part_.has_head) {
+    params.norm = view("model.norm.weight");
+    params.head = view(spec_.tied_head ? "model.embed_tokens.weight" : "lm_head.weight");
+  }
+  for (int layer = part_.first_layer; layer < part_.end_layer; ++layer) {
     const std::string block = text("model.layers.", layer, "."), attention = block + "self_attn.", mlp = block + "mlp.";
     params.blocks.push_back({.input_norm = view(block + "input_layernorm.weight"),
-                             .qkv = fused(attention + "q_proj.weight", qkv_cols),
-                             .qkv_bias = fused(attention + "q_proj.bias", qkv_cols),
+                             .qkv = fused(attention + "q_proj.weight", q_cols() + 2 * kv_cols()),
+                             .qkv_bias = fused(attention + "q_proj.bias", q_cols() + 2 * kv_cols()),
                              .q_norm = view(attention + "q_norm.weight"),
                              .k_norm = view(attention + "k_norm.weight"),
                              .output = view(attention + "o_proj.weight"),
                              .middle_norm = view(block + "post_attention_layernorm.weight"),
-                             .gate_up = fused(mlp + "gate_proj.weight", 2 * spec_.feed_forward),
+                             .gate_up = fused(mlp + "gate_proj.weight", 2 * feed_forward_),
                              .down = view(mlp + "down_proj.weight")});
   }
   return params;
 }
 
-View Transformer::input(int layer, std::int64_t tokens) const {
-  return rows(work_.inputs[std::size_t(layer) % work_.inputs.size()], tokens);
+// Input of block `layer` (counted within the stage); that of the block after the last is the stage's output.
+View Transformer::input(int m, int layer, std::int64_t tokens) const {
+  const std::int64_t own = tp_.own_rows(tokens);
+  if (layer == 0) return rows(work_.stage_inputs[std::size_t(m) % work_.stage_inputs.size()], own);
+  return rows(slot(m).inputs[limits_.trains ? std::size_t(layer) - 1 : 0], own);
 }
 
-BlockActivations Transformer::activations(int layer, std::int64_t tokens) const {
-  const BlockActivations& a = work_.blocks[std::size_t(layer) % work_.blocks.size()];
-  return {.normed = rows(a.normed, tokens),
-          .inv_rms = rows(a.inv_rms, tokens),
-          .qkv = rows(a.qkv, tokens),
-          .qk = rows(a.qk, tokens),
-          .q_inv_rms = rows(a.q_inv_rms, tokens),
-          .k_inv_rms = rows(a.k_inv_rms, tokens),
-          .attended = rows(a.attended, tokens),
-          .log_sum = rows(a.log_sum, tokens),
-          .middle = rows(a.middle, tokens),
-          .middle_normed = rows(a.middle_normed, tokens),
-          .middle_inv_rms = rows(a.middle_inv_rms, tokens),
-          .gate_up = rows(a.gate_up, tokens),
-          .gated = rows(a.gated, tokens)};
+BlockActivations Transformer::activations(int m, int layer, std::int64_t tokens) const {
+  const BlockActivations &shared = work_.transient, kept = limits_.trains ? slot(m).blocks[std::size_t(layer)] : BlockActivations{};
+  const auto here = [](const View& own, const View& other, std::int64_t n) { return rows(own.data ? own : other, n); };
+  const std::int64_t own = tp_.own_rows(tokens);
+  return {.normed = here(kept.normed, shared.normed, own),
+          .inv_rms = here(kept.inv_rms, shared.inv_rms, own),
+          .qkv = here(kept.qkv, shared.qkv, tokens),
+          .qk = here(kept.qk, shared.qk, tokens),
+          .q_inv_rms = here(kept.q_inv_rms, shared.q_inv_rms, tokens),
+          .k_inv_rms = here(kept.k_inv_rms, shared.k_inv_rms, tokens),
+          .attended = here(kept.attended, shared.attended, tokens),
+          .log_sum = here(kept.log_sum, shared.log_sum, tokens),
+          .middle = here(kept.middle, shared.middle, own),
+          .middle_normed = here(kept.middle_normed, shared.middle_normed, own),
+          .middle_inv_rms = here(kept.middle_inv_rms, shared.middle_inv_rms, own),
+          .gate_up = here(kept.gate_up, shared.gate_up, tokens),
+          .gated = here(kept.gated, shared.gated, tokens)};
 }
 
-namespace {
+View Transformer::residual_gradient(std::int64_t tokens) const {
+  return rows(work_.dx[backwards_ % 2], tp_.own_rows(tokens));
+}
 
-AttentionShape attention_shape(const ModelSpec& s) {
-  return {.q_heads = s.q_heads,
-          .kv_heads = s.kv_heads,
-          .head_dim = s.head_dim,
-          .scale = 1 / std::sqrt(float(s.head_dim)),
-          .window = s.sliding_window};
+View Transformer::all_tokens(const View& own, std::int64_t tokens) const {
+  return tp_.gather(rows(work_.whole, tokens), own);
+}
+
+View Transformer::partial_of(const View& own, std::int64_t tokens) const {
+  return tp_.cuts_tokens() ? rows(work_.partial, tokens) : own;
+}
+
+AttentionShape Transformer::attention_shape() const {
+  return {.q_heads = q_heads_,
+          .kv_heads = kv_heads_,
+          .head_dim = spec_.head_dim,
+          .scale = 1 / std::sqrt(float(spec_.head_dim)),
+          .window = spec_.sliding_window};
 }
 
 // The parts of qkv [T, (N+2K)·D]; q and k come from `qk` where they are normalised.
-struct Heads {
-  View q, k, v;
-};
-Heads heads(const ModelSpec& s, const View& qkv, const View& qk) {
-  const View& source = s.qk_norm ? qk : qkv;
-  return {source.col_slice(0, s.q_cols()), source.col_slice(s.q_cols(), s.kv_cols()),
-          qkv.col_slice(s.q_cols() + s.kv_cols(), s.kv_cols())};
+Transformer::Heads Transformer::heads(const View& qkv, const View& qk) const {
+  const View& source = spec_.qk_norm ? qk : qkv;
+  return {source.col_slice(0, q_cols()), source.col_slice(q_cols(), kv_cols()),
+          qkv.col_slice(q_cols() + kv_cols(), kv_cols())};
 }
 
-}  // namespace
-
-// normed → attended. qkv = normed W_qkvᵀ + b; q, k = norm (Qwen3), rotate; attended = softmax(q kᵀ / √D) v.
-void Transformer::attention_forward(const BlockParams& w, const BlockActivations& a, const DeviceBatch& batch) {
-  const std::int64_t q = spec_.q_cols(), k = spec_.kv_cols();
-  device_.gemm(a.qkv, a.normed, transposed(w.qkv));
+// normed → qkv = normed W_qkvᵀ + b; q and k are rotated in place unless they are normalised first.
+void Transformer::qkv_forward(const BlockParams& w, const BlockActivations& a, const DeviceBatch& batch) {
+  device_.gemm(a.qkv, all_tokens(a.normed, batch.token_count()), transposed(w.qkv));
   if (w.qkv_bias.data) device_.add_bias(a.qkv, w.qkv_bias);
+  if (!spec_.qk_norm)
+    device_.rope(a.qkv.col_slice(0, q_cols() + kv_cols()), batch.positions, rope_table_.view(), spec_.head_dim);
+}
+
+// qkv → attended = softmax(q kᵀ / √D) v, with q, k = rotated norms (Qwen3).
+void Transformer::attend(const BlockParams& w, const BlockActivations& a, const DeviceBatch& batch) {
+  const std::int64_t q = q_cols(), k = kv_cols();
   if (spec_.qk_norm) {
     device_.rms_norm(a.qk.col_slice(0, q), a.q_inv_rms, a.qkv.col_slice(0, q), w.q_norm, spec_.norm_eps);
     device_.rms_norm(a.qk.col_slice(q, k), a.k_inv_rms, a.qkv.col_slice(q, k), w.k_norm, spec_.norm_eps);
+    device_.rope(a.qk, batch.positions, rope_table_.view(), spec_.head_dim);
   }
-  device_.rope(spec_.qk_norm ? a.qk : a.qkv.col_slice(0, q + k), batch.positions, rope_table_.view(), spec_.head_dim);
-  const Heads h = heads(spec_, a.qkv, a.qk);
-  device_.attention(a.attended, a.log_sum, h.q, h.k, h.v, batch.segments, attention_shape(spec_));
+  const Heads h = heads(a.qkv, a.qk);
+  device_.attention(a.attended, a.log_sum, h.q, h.k, h.v, batch.segments, attention_shape());
 }
 
 // dattended → dnormed, and the gradients of W_qkv, its bias and the head norms.
 void Transformer::attention_backward(const BlockParams& w, const BlockParams& dw, const BlockActivations& a,
                                      const DeviceBatch& batch) {
-  const std::int64_t q = spec_.q_cols(), k = spec_.kv_cols(), t = batch.token_count();
-  const View dqkv = rows(work_.dqkv, t), dqk = rows(work_.dqk, t), dnormed = rows(work_.dnormed, t);
-  const Heads h = heads(spec_, a.qkv, a.qk), dh = heads(spec_, dqkv, dqk);
+  const std::int64_t q = q_cols(), k = kv_cols(), t = batch.token_count();
+  const View dqkv = rows(work_.dqkv, t), dqk = rows(work_.dqk, t), dnormed = rows(work_.dnormed, tp_.own_rows(t));
+  const Heads h = heads(a.qkv, a.qk), dh = heads(dqkv, dqk);
   device_.attention_backward(dh.q, dh.k, dh.v, rows(work_.dattended, t), h.q, h.k, h.v, a.attended, a.log_sum,
-                             batch.segments, attention_shape(spec_));
+                             batch.segments, attention_shape());
   device_.rope(spec_.qk_norm ? dqk : dqkv.col_slice(0, q + k), batch.positions, rope_table_.view(), spec_.head_dim,
                /*inverse=*/true);
   if (spec_.qk_norm) {
@@ -222,82 +273,138 @@ void Transformer::attention_backward(const BlockParams& w, const BlockParams& dw
     device_.rms_norm_backward(dqkv.col_slice(q, k), dw.k_norm, dh.k, a.qkv.col_slice(q, k), w.k_norm, a.k_inv_rms);
   }
   if (w.qkv_bias.data) device_.column_sums(dw.qkv_bias, dqkv);
-  device_.gemm(dw.qkv, transposed(dqkv), a.normed, Write::accumulate);
-  device_.gemm(dnormed, dqkv, w.qkv);
+  device_.gemm(dw.qkv, transposed(dqkv), all_tokens(a.normed, t), Write::accumulate);
+  const View partial = partial_of(dnormed, t);
+  device_.gemm(partial, dqkv, w.qkv);
+  tp_.sum(dnormed, partial);
 }
 
-View Transformer::forward(const DeviceBatch& batch) {
+// The block's output joins the residual stream where the next block's norm, which rides on the sum, is at hand.
+void Transformer::block_forward(int m, int layer, const DeviceBatch& batch) {
+  const std::int64_t t = batch.token_count();
+  const BlockParams& w = params_.blocks[std::size_t(layer)];
+  const BlockActivations a = activations(m, layer, t);
+  const View x = input(m, layer, t), branch = rows(work_.branch, tp_.own_rows(t)), partial = partial_of(branch, t);
+  if (layer == 0) device_.rms_norm(a.normed, a.inv_rms, x, w.input_norm, spec_.norm_eps);
+  qkv_forward(w, a, batch);
+  attend(w, a, batch);
+  device_.gemm(partial, a.attended, transposed(w.output));
+  tp_.sum(branch, partial);
+  device_.add_rms_norm(a.middle, a.middle_normed, a.middle_inv_rms, x, branch, w.middle_norm, spec_.norm_eps);
+  device_.gemm(a.gate_up, all_tokens(a.middle_normed, t), transposed(w.gate_up));
+  device_.swiglu(a.gated, a.gate_up);
+  device_.gemm(partial, a.gated, transposed(w.down));
+  tp_.sum(branch, partial);
+  if (layer + 1 == layers_here()) return device_.add(input(m, layer + 1, t), a.middle, branch);
+  const BlockActivations next = activations(m, layer + 1, t);
+  device_.add_rms_norm(input(m, layer + 1, t), next.normed, next.inv_rms, a.middle, branch,
+                       params_.blocks[std::size_t(layer) + 1].input_norm, spec_.norm_eps);
+}
+
+View Transformer::forward(const DeviceBatch& batch, int m) {
   const std::int64_t t = batch.token_count(), c = batch.supervised_count();
   check(t <= limits_.tokens && c <= limits_.supervised && batch.segments.longest <= limits_.longest, "micro-batch of ",
         t, " tokens, ", c, " supervised, longest ", batch.segments.longest, " exceeds the planned ", limits_.tokens,
         ", ", limits_.supervised, ", ", limits_.longest);
-  const View branch = rows(work_.branch, t);
-  device_.embedding(input(0, t), params_.embedding, batch.tokens);
-  for (int layer = 0; layer < spec_.layers; ++layer) {
-    const BlockParams& w = params_.blocks[std::size_t(layer)];
-    const BlockActivations a = activations(layer, t);
-    const View x = input(layer, t);
-    if (layer == 0) device_.rms_norm(a.normed, a.inv_rms, x, w.input_norm, spec_.norm_eps);
-    attention_forward(w, a, batch);
-    device_.gemm(branch, a.attended, transposed(w.output));
-    device_.add_rms_norm(a.middle, a.middle_normed, a.middle_inv_rms, x, branch, w.middle_norm, spec_.norm_eps);
-    device_.gemm(a.gate_up, a.middle_normed, transposed(w.gate_up));
-    device_.swiglu(a.gated, a.gate_up);
-    device_.gemm(branch, a.gated, transposed(w.down));
-    if (layer + 1 < spec_.layers) {  // the next block's norm rides on this block's residual sum
-      const BlockActivations next = activations(layer + 1, t);
-      device_.add_rms_norm(input(layer + 1, t), next.normed, next.inv_rms, a.middle, branch,
-                           params_.blocks[std::size_t(layer) + 1].input_norm, spec_.norm_eps);
-    } else {
-      device_.add(input(layer + 1, t), a.middle, branch);
-    }
+  check(!tp_.cuts_tokens() || t % tp_.size() == 0, "micro-batch of ", t, " tokens over ", tp_.size(), " ranks");
+  if (part_.has_embedding) {
+    const View x = input(m, 0, t), partial = partial_of(x, t);
+    device_.embedding(partial, params_.embedding, batch.tokens, std::int32_t(part_.vocabulary.first));
+    tp_.sum(x, partial);
   }
-  const View last = rows(work_.last, c), hidden = rows(work_.hidden, c);
-  device_.gather_rows(last, input(spec_.layers, t), batch.supervised);
-  device_.rms_norm(hidden, rows(work_.last_inv_rms, c), last, params_.norm, spec_.norm_eps);
+  for (int layer = 0; layer < layers_here(); ++layer) block_forward(m, layer, batch);
+  transient_of_ = m;
+  const View out = input(m, layers_here(), t);
+  if (!part_.has_head) return out;
+  const View last = rows(slot(m).last, c), hidden = rows(slot(m).hidden, c);
+  device_.gather_rows(last, all_tokens(out, t), batch.supervised);
+  device_.rms_norm(hidden, rows(slot(m).last_inv_rms, c), last, params_.norm, spec_.norm_eps);
   return hidden;
 }
 
-// dx [T, H]: gradient at the block's output on entry, at its input on return.
-void Transformer::block_backward(int layer, const DeviceBatch& batch, View dx) {
+// Runs again what the forward did not keep.
+void Transformer::recompute_block(int m, int layer, const DeviceBatch& batch) {
   const std::int64_t t = batch.token_count();
-  const BlockParams &w = params_.blocks[std::size_t(layer)], &dw = dparams_.blocks[std::size_t(layer)];
-  const BlockActivations a = activations(layer, t);
-  const View x = input(layer, t), branch = rows(work_.branch, t);
-  const bool kept =
-      work_.blocks.size() > 1 || layer + 1 == spec_.layers;  // the last block's activations are still there
-  if (!kept) {
-    device_.rms_norm(a.normed, a.inv_rms, x, w.input_norm, spec_.norm_eps);
-    attention_forward(w, a, batch);
-    device_.gemm(branch, a.attended, transposed(w.output));
+  const BlockParams& w = params_.blocks[std::size_t(layer)];
+  const BlockActivations a = activations(m, layer, t);
+  const View x = input(m, layer, t), branch = rows(work_.branch, tp_.own_rows(t)), partial = partial_of(branch, t);
+  device_.rms_norm(a.normed, a.inv_rms, x, w.input_norm, spec_.norm_eps);
+  if (limits_.recompute == Recompute::selective) {
+    attend(w, a, batch);
+    device_.rms_norm(a.middle_normed, a.middle_inv_rms, a.middle, w.middle_norm, spec_.norm_eps);
+  } else {
+    qkv_forward(w, a, batch);
+    attend(w, a, batch);
+    device_.gemm(partial, a.attended, transposed(w.output));
+    tp_.sum(branch, partial);
     device_.add_rms_norm(a.middle, a.middle_normed, a.middle_inv_rms, x, branch, w.middle_norm, spec_.norm_eps);
-    device_.gemm(a.gate_up, a.middle_normed, transposed(w.gate_up));
-    device_.swiglu(a.gated, a.gate_up);
+    device_.gemm(a.gate_up, all_tokens(a.middle_normed, t), transposed(w.gate_up));
   }
-  const View dgated = rows(work_.dgated, t), dgate_up = rows(work_.dgate_up, t), dnormed = rows(work_.dnormed, t),
-             dmiddle = rows(work_.dmiddle, t), dattended = rows(work_.dattended, t);
-  device_.gemm(dw.down, transposed(dx), a.gated, Write::accumulate);
-  device_.gemm(dgated, dx, w.down);
-  device_.swiglu_backward(dgate_up, dgated, a.gate_up);
-  device_.gemm(dw.gate_up, transposed(dgate_up), a.middle_normed, Write::accumulate);
-  device_.gemm(dnormed, dgate_up, w.gate_up);
-  device_.rms_norm_backward_add(dmiddle, dw.middle_norm, dnormed, dx, a.middle, w.middle_norm, a.middle_inv_rms);
-  device_.gemm(dw.output, transposed(dmiddle), a.attended, Write::accumulate);
-  device_.gemm(dattended, dmiddle, w.output);
-  attention_backward(w, dw, a, batch);
-  device_.rms_norm_backward_add(dx, dw.input_norm, dnormed, dmiddle, x, w.input_norm, a.inv_rms);
+  device_.swiglu(a.gated, a.gate_up);
 }
 
-void Transformer::backward(const DeviceBatch& batch, const ConstView& dhidden) {
-  check(limits_.trains, "backward of a model that does not train");
+// dx [T', H]: gradient at the block's output on entry, at its input on return.
+void Transformer::block_backward(int m, int layer, const DeviceBatch& batch, View dx) {
+  const std::int64_t t = batch.token_count(), own = tp_.own_rows(t);
+  const BlockParams &w = params_.blocks[std::size_t(layer)], &dw = dparams_.blocks[std::size_t(layer)];
+  const BlockActivations a = activations(m, layer, t);
+  const bool is_fresh = transient_of_ == m && layer + 1 == layers_here();  // the forward has just been there
+  if (limits_.recompute != Recompute::none && !is_fresh) recompute_block(m, layer, batch);
+  transient_of_ = -1;
+  const View dgated = rows(work_.dgated, t), dgate_up = rows(work_.dgate_up, t), dnormed = rows(work_.dnormed, own),
+             dmiddle = rows(work_.dmiddle, own), dattended = rows(work_.dattended, t);
+  const View dout = all_tokens(dx, t);
+  device_.gemm(dw.down, transposed(dout), a.gated, Write::accumulate);
+  device_.gemm(dgated, dout, w.down);
+  device_.swiglu_backward(dgate_up, dgated, a.gate_up);
+  device_.gemm(dw.gate_up, transposed(dgate_up), all_tokens(a.middle_normed, t), Write::accumulate);
+  const View partial = partial_of(dnormed, t);
+  device_.gemm(partial, dgate_up, w.gate_up);
+  tp_.sum(dnormed, partial);
+  device_.rms_norm_backward_add(dmiddle, dw.middle_norm, dnormed, dx, a.middle, w.middle_norm, a.middle_inv_rms);
+  const View dattention = all_tokens(dmiddle, t);
+  device_.gemm(dw.output, transposed(dattention), a.attended, Write::accumulate);
+  device_.gemm(dattended, dattention, w.output);
+  attention_backward(w, dw, a, batch);
+  device_.rms_norm_backward_add(dx, dw.input_norm, dnormed, dmiddle, input(m, layer, t), w.input_norm, a.inv_rms);
+}
+
+// dhidden [C, H] → gradient of the residual stream behind the last block. The tail sees all tokens on every rank, so each
+// has the whole gradient and takes its own rows.
+void Transformer::tail_backward(int m, const DeviceBatch& batch, const ConstView& dhidden, View dx) {
   const std::int64_t t = batch.token_count(), c = batch.supervised_count();
-  const View dx = rows(work_.dx, t), dlast = rows(work_.dlast, c);
-  device_.rms_norm_backward(dlast, dparams_.norm, dhidden, rows(work_.last, c), params_.norm,
-                            rows(work_.last_inv_rms, c));
-  device_.zero(dx);
-  device_.scatter_rows(dx, dlast, batch.supervised);
-  for (int layer = spec_.layers - 1; layer >= 0; --layer) block_backward(layer, batch, dx);
-  device_.embedding_backward(dparams_.embedding, dx, batch.tokens);
+  const View dlast = rows(work_.dlast, c), whole = tp_.cuts_tokens() ? rows(work_.whole, t) : dx;
+  device_.rms_norm_backward(dlast, dparams_.norm, dhidden, rows(slot(m).last, c), params_.norm,
+                            rows(slot(m).last_inv_rms, c));
+  device_.zero(whole);
+  device_.scatter_rows(whole, dlast, batch.supervised);
+  if (tp_.cuts_tokens()) device_.cast(dx, tp_.own(whole));
+}
+
+View Transformer::backward(const DeviceBatch& batch, const ConstView& dhidden, int m, const BucketReady& ready) {
+  check(limits_.trains, "backward of a model that does not train");
+  const std::int64_t t = batch.token_count();
+  const View dx = residual_gradient(t);
+  std::size_t bucket = table_.buckets().size();
+  const auto done = [&] {
+    --bucket;
+    if (ready) ready(bucket);
+  };
+  if (part_.has_head) {
+    tail_backward(m, batch, dhidden, dx);
+    while (bucket > bucket_of_layer(layers_here())) done();
+  }
+  for (int layer = layers_here() - 1; layer >= 0; --layer) {
+    block_backward(m, layer, batch, dx);
+    done();
+  }
+  if (part_.has_embedding) {
+    device_.embedding_backward(dparams_.embedding, all_tokens(dx, t), batch.tokens,
+                               std::int32_t(part_.vocabulary.first));
+    done();
+  }
+  ++backwards_;
+  return dx;
 }
 
 }  // namespace distill

@@ -7,12 +7,13 @@
 #include <vector>
 
 #include "core/model/params.h"
+#include "core/optim/optimizer.h"
 #include "core/train/train_state.h"
 
 namespace distill {
 
 // A matrix in device memory that belongs to the run's state, and where it lies in the whole one. Read by save(), filled
-// by load().
+// by load(). A rank may hold several parts of one matrix, under one name.
 struct CheckpointTensor {
   std::string name;  // kind/parameter: "values/model.norm.weight", "master/…", "exp_avg/…", "exp_avg_sq/…"
   View data;         // this rank's part; f32, bf16, f16 or f64
@@ -20,8 +21,18 @@ struct CheckpointTensor {
   std::int64_t first_row = 0, first_col = 0;  // of `data` in the whole
 };
 
-// One tensor a parameter of a flat storage, named kind/parameter; every one of them whole.
-std::vector<CheckpointTensor> checkpoint_tensors(std::string_view kind, const ParamTable& table, const View& flat);
+// save: what this rank is the one to write. load: all that it needs.
+enum class CheckpointUse { save, load };
+
+// The parameters in a flat storage, named kind/parameter. Of tensor-parallel ranks that share a part the first one writes
+// it, of pipeline stages the first; is_writer: this rank is the one of its data-parallel group.
+std::vector<CheckpointTensor> checkpoint_tensors(std::string_view kind, const ParamTable& table, const View& flat,
+                                                 CheckpointUse use = CheckpointUse::load, int tp_rank = 0,
+                                                 bool is_writer = true);
+// The same of a storage of an optimiser's masters or moments. A piece of a matrix is up to three parts: the rest of a
+// row, whole rows, the beginning of a row.
+std::vector<CheckpointTensor> checkpoint_tensors(std::string_view kind, const std::vector<Optimizer::Piece>& pieces,
+                                                 const View& storage, CheckpointUse use);
 
 // All ranks that own state make the same calls in the same order.
 class CheckpointStore {

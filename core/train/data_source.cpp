@@ -21,11 +21,12 @@ std::int64_t sum_of_largest(std::vector<std::int64_t> sizes, int count) {
 
 }  // namespace
 
-DataPlan validation_plan(int infer_batch_size, int dp_size, int dp_rank, Layout layout) {
+DataPlan validation_plan(int infer_batch_size, int dp_size, int dp_rank, Layout layout, int row_multiple) {
   DataPlan plan;
   plan.shape = {.per_device = infer_batch_size, .accumulation = 1, .dp_size = dp_size};
   plan.dp_rank = dp_rank;
   plan.layout = layout;
+  plan.row_multiple = row_multiple;
   plan.last = LastBatch::keep;
   plan.shuffle = false;
   return plan;
@@ -50,6 +51,7 @@ EncodedDataSource::EncodedDataSource(Samples samples, const DataPlan& plan)
   most_tokens_ = plan.layout == Layout::packed ? sum_of_largest(std::move(lengths), shape.per_device)
                                                : *std::max_element(lengths.begin(), lengths.end()) *
                                                      std::min<std::int64_t>(shape.per_device, samples_.size());
+  most_tokens_ = (most_tokens_ + plan.row_multiple - 1) / plan.row_multiple * plan.row_multiple;
 }
 
 StepBatch EncodedDataSource::step(std::int64_t step) const {
@@ -57,7 +59,7 @@ StepBatch EncodedDataSource::step(std::int64_t step) const {
   StepBatch batch;
   for (int m = 0; m < plan_.shape.accumulation; ++m) {
     const std::span<const std::int32_t> mine = plan_.shape.cut(indices, m, plan_.dp_rank);
-    if (!mine.empty()) batch.micro.push_back(assemble(samples_, mine, plan_.layout));
+    if (!mine.empty()) batch.micro.push_back(assemble(samples_, mine, plan_.layout, plan_.row_multiple));
   }
   for (const std::int32_t i : indices) {
     const SampleView sample = samples_[i];

@@ -37,13 +37,14 @@ struct DataPlan {
   BatchShape shape;
   int dp_rank = 0;
   Layout layout = Layout::packed;
+  int row_multiple = 1;  // rows of a micro-batch are filled up to a multiple of it
   LastBatch last = LastBatch::drop;
   std::uint64_t seed = 42;
   bool shuffle = true;
 };
 
 // A plan for validation: file order, every sample exactly once in batches of infer_batch_size sequences per dp rank.
-DataPlan validation_plan(int infer_batch_size, int dp_size, int dp_rank, Layout layout);
+DataPlan validation_plan(int infer_batch_size, int dp_size, int dp_rank, Layout layout, int row_multiple = 1);
 
 class EncodedDataSource : public DataSource {
  public:

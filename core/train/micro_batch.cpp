@@ -27,7 +27,7 @@ void append(MicroBatch& batch, const SampleView& sample, std::int64_t rows) {
 
 }  // namespace
 
-MicroBatch assemble(const Samples& samples, std::span<const std::int32_t> indices, Layout layout) {
+MicroBatch assemble(const Samples& samples, std::span<const std::int32_t> indices, Layout layout, int row_multiple) {
   std::int64_t longest = 0, total = 0;
   for (const std::int32_t i : indices) {
     const auto length = std::int64_t(samples[i].tokens.size());
@@ -35,16 +35,18 @@ MicroBatch assemble(const Samples& samples, std::span<const std::int32_t> indice
     total += length;
   }
   if (layout == Layout::padded) total = longest * std::int64_t(indices.size());
-  check(total <= INT32_MAX, "a micro-batch of ", total, " tokens");
+  check(total <= INT32_MAX - row_multiple, "a micro-batch of ", total, " tokens");
 
   MicroBatch batch;
-  batch.longest = std::int32_t(longest);
+  const std::int64_t filling = (row_multiple - total % row_multiple) % row_multiple;
+  batch.longest = std::int32_t(std::max(longest, filling));
   batch.tokens.reserve(std::size_t(total));
   batch.positions.reserve(std::size_t(total));
   for (const std::int32_t i : indices) {
     const SampleView sample = samples[i];
     append(batch, sample, layout == Layout::padded ? longest : std::int64_t(sample.tokens.size()));
   }
+  if (filling > 0) append(batch, SampleView{}, filling);
   return batch;
 }
 

@@ -1,6 +1,8 @@
 #include "core/train/teacher.h"
 
 #include <algorithm>
+#include <deque>
+#include <memory>
 
 #include "core/distill/head_loss.h"
 #include "core/train/stopwatch.h"
@@ -11,12 +13,14 @@ Teacher::Teacher(Device& device, Transformer& model, std::int64_t real_vocabular
                  std::int64_t most_supervised)
     : device_(device),
       model_(model),
-      columns_(head_columns(real_vocabulary, model.spec().vocabulary)),
+      columns_(
+          vocabulary_part(real_vocabulary, model.spec().vocabulary, model.tp().size(), model.tp().rank()).columns),
       batch_(device, most_tokens, most_supervised) {}
 
-void Teacher::begin(const MicroBatch& batch) {
-  hidden_ = model_.forward(batch_.upload(batch));
+View Teacher::begin(const MicroBatch& batch, int m) {
+  hidden_ = model_.forward(batch_.upload(batch), m);
   next_ = 0;
+  return hidden_;
 }
 
 void Teacher::next_logits(View logits) {
@@ -39,21 +43,102 @@ ConstView LocalTeacher::acquire(std::int64_t positions) {
   return logits;
 }
 
-void TeacherLoop::run(std::int64_t first_step, std::int64_t last_step) {
-  for (std::int64_t step = first_step; step < last_step; ++step) {
-    for (const MicroBatch& micro : data.step(step).micro) {
-      teacher.begin(micro);
-      sink.begin(micro);
-      const std::int64_t count = std::int64_t(micro.supervised.size());
-      for (std::int64_t first = 0; first < count; first += chunk) {
-        const View slot = sink.acquire(std::min(chunk, count - first));
-        if (!slot.data) return;  // the student has closed the channel
-        teacher.next_logits(slot);
-        device.synchronize();
-        sink.publish();
-      }
+TeacherLoop::TeacherLoop(Device& device, Teacher& teacher, const DataSource& data, LogitsSink* sink, std::int64_t chunk,
+                         Communicator& pp_forward, Communicator& pp_backward)
+    : device_(device),
+      teacher_(teacher),
+      data_(data),
+      sink_(sink),
+      chunk_(chunk),
+      pp_backward_(pp_backward),
+      links_(pp_forward, pp_backward) {
+  check((sink != nullptr) == links_.is_last(), "a logits channel belongs to the last stage of a teacher");
+}
+
+namespace {
+
+// The micro-batches of a range of steps, one after the other.
+class MicroBatches {
+ public:
+  MicroBatches(const DataSource& data, std::int64_t first_step, std::int64_t last_step)
+      : data_(data), next_step_(first_step), last_step_(last_step) {}
+
+  // Null at the end.
+  std::shared_ptr<const MicroBatch> next() {
+    while (ready_.empty()) {
+      if (next_step_ >= last_step_) return nullptr;
+      for (MicroBatch& micro : data_.step(next_step_++).micro)
+        ready_.push_back(std::make_shared<const MicroBatch>(std::move(micro)));
     }
+    const auto micro = ready_.front();
+    ready_.pop_front();
+    return micro;
   }
+
+ private:
+  const DataSource& data_;
+  std::int64_t next_step_, last_step_;
+  std::deque<std::shared_ptr<const MicroBatch>> ready_;
+};
+
+}  // namespace
+
+void TeacherLoop::run(std::int64_t first_step, std::int64_t last_step) {
+  MicroBatches all(data_, first_step, last_step);
+  std::shared_ptr<const MicroBatch> micro = all.next(), next;
+  expect(micro.get(), 0);
+  for (int m = 0; micro; ++m, micro = std::move(next)) {
+    next = all.next();
+    if (!is_wanted()) {
+      // The stage before has been asked for this micro-batch, and will ask whether there is to be another.
+      links_.receive_input();
+      if (next) ask(false);
+      return;
+    }
+    links_.receive_input();
+    expect(next.get(), m + 1);
+    const View out = teacher_.begin(*micro, m);
+    device_.synchronize();
+    if (!feed(*micro)) is_closed_ = true;
+    links_.send_output(out, 1);
+  }
+  links_.finish();
+}
+
+// Asks the stage before for a micro-batch and begins to receive it.
+void TeacherLoop::expect(const MicroBatch* micro, int m) {
+  if (!micro) return;
+  ask(true);
+  links_.expect_input(teacher_.model().stage_input(std::int64_t(micro->tokens.size()), m));
+}
+
+void TeacherLoop::ask(bool wanted) {
+  std::int32_t word = wanted;
+  if (!links_.is_first()) pp_backward_.send({&word, 1, 1, 1, DType::i32}, links_.stage() - 1);
+}
+
+// What the next stage says, or on the last one what the students of the tensor-parallel group have said so far.
+bool TeacherLoop::is_wanted() {
+  if (links_.is_last()) return !teacher_.model().tp().group().any(is_closed_);
+  std::int32_t word = 0;
+  pp_backward_.recv({&word, 1, 1, 1, DType::i32}, links_.stage() + 1);
+  return word != 0;
+}
+
+// The logits of a micro-batch into the channel; false when the student has closed it.
+bool TeacherLoop::feed(const MicroBatch& micro) {
+  if (!sink_) return true;
+  if (is_closed_) return false;
+  sink_->begin(micro);
+  const std::int64_t count = std::int64_t(micro.supervised.size());
+  for (std::int64_t first = 0; first < count; first += chunk_) {
+    const View slot = sink_->acquire(std::min(chunk_, count - first));
+    if (!slot.data) return false;
+    teacher_.next_logits(slot);
+    device_.synchronize();
+    sink_->publish();
+  }
+  return true;
 }
 
 }  // namespace distill

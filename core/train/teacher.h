@@ -5,18 +5,21 @@
 #include "core/model/transformer.h"
 #include "core/train/batch_on_device.h"
 #include "core/train/logits_channel.h"
+#include "core/train/pipeline.h"
 
 namespace distill {
 
-// The teacher's logits of a micro-batch's supervised positions, chunk by chunk in the teacher's own type: the same
-// products of the same shapes wherever the teacher runs, hence the same bits.
+// A stage of the teacher, which on the last one gives the logits of a micro-batch's supervised positions, chunk by chunk in
+// the teacher's own type: the same products of the same shapes wherever the teacher runs, hence the same bits.
 class Teacher {
  public:
   Teacher(Device& device, Transformer& model, std::int64_t real_vocabulary, std::int64_t most_tokens,
           std::int64_t most_supervised);
 
-  std::int64_t columns() const { return columns_; }
-  void begin(const MicroBatch& batch);
+  Transformer& model() { return model_; }
+  std::int64_t columns() const { return columns_; }  // of this tensor-parallel rank
+  // The forward of micro-batch m; returns what the next stage gets.
+  View begin(const MicroBatch& batch, int m = 0);
   // logits [n, columns] of the next n supervised positions.
   void next_logits(View logits);
 
@@ -46,16 +49,30 @@ class LocalTeacher : public TeacherSource {
   double seconds_ = 0;  // the teacher's own work: what the student waits for when they take turns
 };
 
-// The whole job of a teacher rank: logits of steps [first_step, last_step) into the channel. Ends early when the
-// student closes the channel.
-struct TeacherLoop {
-  Device& device;
-  Teacher& teacher;
-  const DataSource& data;
-  LogitsSink& sink;
-  std::int64_t chunk;
-
+// The whole job of a teacher rank: the forward of steps [first_step, last_step), as a stage of its pipeline; the last stage
+// puts the logits into the channel. Ends early when the student closes the channel: tensor-parallel ranks agree on that
+// before every micro-batch, and a stage starts one only when the next stage has asked for it.
+class TeacherLoop {
+ public:
+  // sink: null on all but the last stage.
+  TeacherLoop(Device& device, Teacher& teacher, const DataSource& data, LogitsSink* sink, std::int64_t chunk,
+              Communicator& pp_forward, Communicator& pp_backward);
   void run(std::int64_t first_step, std::int64_t last_step);
+
+ private:
+  bool is_wanted();
+  void ask(bool wanted);
+  void expect(const MicroBatch* micro, int m);
+  bool feed(const MicroBatch& micro);
+
+  Device& device_;
+  Teacher& teacher_;
+  const DataSource& data_;
+  LogitsSink* sink_;
+  std::int64_t chunk_;
+  Communicator& pp_backward_;
+  PipelineLinks links_;
+  bool is_closed_ = false;  // this rank's student wants no more
 };
 
 }  // namespace distill

@@ -25,6 +25,14 @@ double attention_pairs(const MicroBatch& batch) {
   return pairs;
 }
 
+// The step takes as long on every rank; what it was spent on differs.
+void average_over_ranks(StepTimes& times, Communicator& ranks) {
+  std::array<double, 9> sums{};
+  for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = *times.all()[i];
+  ranks.all_reduce(sums);
+  for (std::size_t i = 0; i < sums.size(); ++i) *times.all()[i] = sums[i] / ranks.size();
+}
+
 double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 }  // namespace
@@ -50,8 +58,11 @@ std::vector<std::string> metric_names() {
           "system/mfu",
           "system/samples",
           "system/tokens",
+          "system/pipeline_bubble",
+          "system/channel_bytes",
           "time/data_wait",
           "time/teacher_wait",
+          "time/pipeline_bubble",
           "time/forward",
           "time/loss",
           "time/backward",
@@ -59,34 +70,32 @@ std::vector<std::string> metric_names() {
           "time/optimizer"};
 }
 
-StepTimes& StepTimes::operator+=(const StepTimes& other) {
-  data += other.data;
-  teacher += other.teacher;
-  forward += other.forward;
-  loss += other.loss;
-  backward += other.backward;
-  reduce += other.reduce;
-  optimizer += other.optimizer;
-  total += other.total;
+StepTimes& StepTimes::operator+=(StepTimes other) {
+  for (std::size_t i = 0; i < all().size(); ++i) *all()[i] += *other.all()[i];
   return *this;
 }
 
-Trainer::Trainer(Device& device, Transformer& student, Optimizer& optimizer, TeacherSource* teacher,
-                 const DataSource& data, const DataSource* validation, Communicator& dp, TrainerOptions options,
-                 TrainerHooks hooks)
+Trainer::Trainer(Device& device, Transformer& student, Optimizer& optimizer, GradientSync& sync, TeacherSource* teacher,
+                 const DataSource& data, const DataSource* validation, const StudentGroups& groups,
+                 TrainerOptions options, TrainerHooks hooks)
     : device_(device),
       student_(student),
       optimizer_(optimizer),
+      sync_(sync),
       teacher_(teacher),
       data_(data),
       validation_(validation),
-      dp_(dp),
+      groups_(groups),
+      links_(groups.pp_forward, groups.pp_backward),
       options_(options),
       hooks_(std::move(hooks)),
-      loss_scale_(student.dtype() == DType::f16),
-      batch_(device, std::max(data.most_tokens(), validation ? validation->most_tokens() : 0),
-             std::max(data.most_supervised(), validation ? validation->most_supervised() : 0)),
-      head_loss_(device, student, options_.loss, options_.logits_chunk, data.most_supervised()) {
+      loss_scale_(student.dtype() == DType::f16) {
+  const std::int64_t tokens = std::max(data.most_tokens(), validation ? validation->most_tokens() : 0),
+                     supervised = std::max(data.most_supervised(), validation ? validation->most_supervised() : 0);
+  for (int i = 0; i < most_in_flight(links_.stages(), links_.stage(), options.micro_batches); ++i)
+    batches_.emplace_back(device, tokens, supervised);
+  if (!links_.is_last()) return;
+  head_loss_.emplace(device, student, options_.loss, options_.logits_chunk, data.most_supervised());
   if (validation_)
     validation_head_.emplace(device, student, cross_entropy_only(options_.loss), options_.logits_chunk,
                              validation_->most_supervised());
@@ -109,6 +118,7 @@ Trainer::End Trainer::run(TrainState& state) {
       run_step(state.step, result);
     }
     times_ += result.times;
+    average_over_ranks(result.times, groups_.students);
     ++steps_run_;
     ++state.step;
     state.samples += result.batch.global_samples;
@@ -145,33 +155,27 @@ void Trainer::run_step(std::int64_t step, StepResult& result) {
   }
   device_.zero(student_.gradients());
   const double count = double(std::max<std::int64_t>(result.batch.global_supervised, 1));
-  const double scale = loss_scale_.value() / count;
-  for (const MicroBatch& micro : result.batch.micro) {
-    result.pairs += attention_pairs(micro);
-    View hidden;
-    {
-      const Stopwatch watch(device_, times.forward);
-      batch_.upload(micro);
-      hidden = student_.forward(batch_.batch());
-    }
-    const double waited = teacher_ ? teacher_->seconds_waited() : 0;
-    ConstView dhidden;
-    {
-      const Stopwatch watch(device_, times.loss);
-      if (teacher_) teacher_->begin(micro);
-      dhidden = head_loss_.forward_backward(hidden, batch_.labels(), teacher_, scale);
-    }
-    const double wait = teacher_ ? teacher_->seconds_waited() - waited : 0;
-    times.teacher += wait;
-    times.loss -= wait;
-    const Stopwatch watch(device_, times.backward);
-    student_.backward(batch_.batch(), dhidden);
+  const std::vector<MicroBatch>& micro = result.batch.micro;
+  const std::int64_t moved = teacher_ ? teacher_->bytes_moved() : 0;
+  if (!micro.empty()) {
+    links_.expect_input(student_.stage_input(std::int64_t(micro[0].tokens.size()), 0));
+    links_.expect_gradient(student_.output_gradient(std::int64_t(micro[0].tokens.size())));
   }
+  for (const PipelineTask& task : one_f_one_b(links_.stages(), links_.stage(), int(micro.size()))) {
+    if (task.kind == PipelineTask::Kind::forward)
+      forward(task.micro, loss_scale_.value() / count, result);
+    else
+      backward(task.micro, result);
+  }
+  links_.finish();
+  times.pipeline += links_.take_seconds_waited();
   {
     const Stopwatch watch(device_, times.reduce);
-    result.sums = head_loss_.take_sums();
-    dp_.all_reduce(result.sums);
-    dp_.all_reduce(student_.gradients());
+    sync_.finish();
+    if (head_loss_) result.sums = head_loss_->take_sums();
+    sum_over_last_stages(result.sums);
+    double bytes = teacher_ ? double(teacher_->bytes_moved() - moved) : 0;
+    result.channel_bytes = std::int64_t(groups_.students.all_reduce(bytes));
   }
   for (double& sum : result.sums) sum /= count;
   const Stopwatch watch(device_, times.optimizer);
@@ -179,13 +183,63 @@ void Trainer::run_step(std::int64_t step, StepResult& result) {
   apply(result);
 }
 
+void Trainer::forward(int m, double scale, StepResult& result) {
+  const std::vector<MicroBatch>& all = result.batch.micro;
+  const MicroBatch& micro = all[std::size_t(m)];
+  result.pairs += attention_pairs(micro);
+  links_.receive_input();
+  if (m + 1 < int(all.size()))
+    links_.expect_input(student_.stage_input(std::int64_t(all[std::size_t(m) + 1].tokens.size()), m + 1));
+  BatchOnDevice& batch = batches_[std::size_t(m) % batches_.size()];
+  View out;
+  {
+    const Stopwatch watch(device_, result.times.forward);
+    batch.upload(micro);
+    out = student_.forward(batch.batch(), m);
+  }
+  links_.send_output(out, batches_.size());
+  if (!head_loss_) return;
+  const double waited = teacher_ ? teacher_->seconds_waited() : 0;
+  {
+    const Stopwatch watch(device_, result.times.loss);
+    if (teacher_) teacher_->begin(micro);
+    dhidden_ = head_loss_->forward_backward(out, batch.labels(), teacher_, scale);
+  }
+  const double wait = teacher_ ? teacher_->seconds_waited() - waited : 0;
+  result.times.teacher += wait;
+  result.times.loss -= wait;
+}
+
+void Trainer::backward(int m, StepResult& result) {
+  const std::vector<MicroBatch>& all = result.batch.micro;
+  const bool is_last = m + 1 == int(all.size());
+  links_.receive_gradient();
+  View dinput;
+  {
+    const Stopwatch watch(device_, result.times.backward);
+    const auto ready = [this](std::size_t bucket) { sync_.bucket_ready(bucket); };
+    dinput = student_.backward(batches_[std::size_t(m) % batches_.size()].batch(), dhidden_, m,
+                               is_last ? Transformer::BucketReady(ready) : nullptr);
+  }
+  links_.send_gradient(dinput, 1);
+  if (!is_last)
+    links_.expect_gradient(student_.output_gradient(std::int64_t(all[std::size_t(m) + 1].tokens.size())));
+}
+
+void Trainer::sum_over_last_stages(std::span<double> values) {
+  if (!counts_loss()) std::fill(values.begin(), values.end(), 0.0);
+  groups_.students.all_reduce(values);
+}
+
 // Clips and updates, unless loss or gradient is not finite: then nothing changes but the loss scale.
 void Trainer::apply(StepResult& result) {
-  result.gradient_norm = optimizer_.gradient_norm(student_.gradients()) / loss_scale_.value();
+  result.gradient_norm =
+      std::sqrt(groups_.students.all_reduce(optimizer_.squared_norm(student_.gradients(), loss_scale_.value())));
   const bool finite = std::isfinite(result.gradient_norm) && std::isfinite(result.sums[LossTerms::cross_entropy]) &&
                       std::isfinite(result.sums[LossTerms::divergence]);
   if (finite) {
     optimizer_.step(student_.gradients(), result.lr, result.gradient_norm, loss_scale_.value());
+    sync_.share_values();
     loss_scale_.count_good_step();
     nonfinite_in_a_row_ = 0;
     result.applied = true;
@@ -197,16 +251,33 @@ void Trainer::apply(StepResult& result) {
 }
 
 double Trainer::validation_loss() {
-  double positions = 0;
-  for (std::int64_t i = 0; i < validation_->steps_per_epoch(); ++i) {
-    for (const MicroBatch& micro : validation_->step(i).micro) {
-      batch_.upload(micro);
-      validation_head_->forward(student_.forward(batch_.batch()), batch_.labels(), nullptr);
-      positions += double(micro.supervised.size());
-    }
+  const std::int64_t steps = validation_->steps_per_epoch();
+  std::array<double, 2> sums{};  // cross-entropy, positions
+  int m = 0;
+  // A rank may have no part in the last batch. What comes next is known early, so that it can be received meanwhile.
+  std::vector<MicroBatch> micro = validation_->step(0).micro, next;
+  const auto expect = [&](const std::vector<MicroBatch>& batch, int number) {
+    if (!batch.empty())
+      links_.expect_input(student_.stage_input(std::int64_t(batch.front().tokens.size()), number));
+  };
+  expect(micro, m);
+  for (std::int64_t step = 0; step < steps && !micro.empty(); ++step, ++m, micro = std::move(next)) {
+    check(micro.size() == 1, "validation in ", micro.size(), " micro-batches a step");
+    next.clear();
+    if (step + 1 < steps) next = validation_->step(step + 1).micro;
+    links_.receive_input();
+    expect(next, m + 1);
+    BatchOnDevice& batch = batches_[std::size_t(m) % batches_.size()];
+    batch.upload(micro.front());
+    const View out = student_.forward(batch.batch(), m);
+    links_.send_output(out, batches_.size() - 1);
+    if (validation_head_) validation_head_->forward(out, batch.labels(), nullptr);
+    sums[1] += double(micro.front().supervised.size());
   }
-  std::array<double, 2> sums{validation_head_->take_sums()[LossTerms::cross_entropy], positions};
-  dp_.all_reduce(sums);
+  links_.finish();
+  links_.take_seconds_waited();  // is no part of a step
+  if (validation_head_) sums[0] = validation_head_->take_sums()[LossTerms::cross_entropy];
+  sum_over_last_stages(sums);
   return sums[0] / std::max(sums[1], 1.0);
 }
 
@@ -214,9 +285,8 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
   const double w = options_.loss.distill_weight, ce = r.sums[LossTerms::cross_entropy],
                kd = r.sums[LossTerms::divergence];
   const double tps = double(r.batch.global_tokens) / r.times.total;
-  const double students = dp_.size();
-  const double flops =
-      options_.flops_per_token * double(r.batch.global_tokens) + options_.flops_per_pair * r.pairs * students;
+  const double flops = options_.flops_per_token * double(r.batch.global_tokens) +
+                       options_.flops_per_pair * r.pairs * groups_.dp.size();
   MetricRecord m{.step = state.step, .wall_time = now(), .values = {}};
   const auto add = [&](const char* name, double value) { m.values.emplace_back(name, value); };
   add("train/loss", w == 0 ? ce : (1 - w) * ce + w * kd);
@@ -240,8 +310,11 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
   if (options_.peak_flops > 0) add("system/mfu", flops / r.times.total / (options_.peak_flops * options_.ranks));
   add("system/samples", double(state.samples));
   add("system/tokens", double(state.tokens));
+  add("system/pipeline_bubble", r.times.pipeline / r.times.total);
+  if (w != 0) add("system/channel_bytes", double(r.channel_bytes));
   add("time/data_wait", r.times.data);
   add("time/teacher_wait", r.times.teacher);
+  add("time/pipeline_bubble", r.times.pipeline);
   add("time/forward", r.times.forward);
   add("time/loss", r.times.loss);
   add("time/backward", r.times.backward);

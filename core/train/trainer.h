@@ -1,8 +1,10 @@
 // The student's loop: batch, forward, loss against the teacher, backward, gradient sum, clip, AdamW, metrics.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "core/communicator.h"
@@ -11,7 +13,9 @@
 #include "core/optim/optimizer.h"
 #include "core/optim/schedule.h"
 #include "core/train/batch_on_device.h"
+#include "core/train/gradient_sync.h"
 #include "core/train/metrics.h"
+#include "core/train/pipeline.h"
 #include "core/train/train_state.h"
 
 namespace distill {
@@ -29,6 +33,7 @@ struct TrainerOptions {
   double flops_per_pair = 0;   // of both roles, per (query, key) pair of causal attention
   double peak_flops = 0;       // per second and rank, for MFU
   int ranks = 1;               // of both roles
+  int micro_batches = 1;       // of a step, per data-parallel rank
 };
 
 // What the loop calls on; every member is optional but must be callable when given.
@@ -41,24 +46,36 @@ struct TrainerHooks {
 // Names of all metrics a run can report, in the order of its CSV columns.
 std::vector<std::string> metric_names();
 
-// Where the time of one or more steps went, seconds.
+// Where the time of one or more steps went, seconds. Names of metrics: time/….
 struct StepTimes {
-  double data = 0, teacher = 0, forward = 0, loss = 0, backward = 0, reduce = 0, optimizer = 0, total = 0;
-  StepTimes& operator+=(const StepTimes& other);
+  double data = 0, teacher = 0, pipeline = 0, forward = 0, loss = 0, backward = 0, reduce = 0, optimizer = 0, total = 0;
+  std::array<double*, 9> all() {
+    return {&data, &teacher, &pipeline, &forward, &loss, &backward, &reduce, &optimizer, &total};
+  }
+  StepTimes& operator+=(StepTimes other);
+};
+
+// The groups in which a student rank trains.
+struct StudentGroups {
+  Communicator& students;  // the whole grid
+  Communicator& dp;
+  Communicator& pp_forward;
+  Communicator& pp_backward;
 };
 
 class Trainer {
  public:
   enum class End { finished, stopped };
 
-  // `teacher` is null when distill_weight is 0, `validation` where there is none; `dp` joins the student ranks.
-  Trainer(Device& device, Transformer& student, Optimizer& optimizer, TeacherSource* teacher, const DataSource& data,
-          const DataSource* validation, Communicator& dp, TrainerOptions options, TrainerHooks hooks);
+  // `teacher` is null when distill_weight is 0 and on all but the last stage, `validation` where there is none.
+  Trainer(Device& device, Transformer& student, Optimizer& optimizer, GradientSync& sync, TeacherSource* teacher,
+          const DataSource& data, const DataSource* validation, const StudentGroups& groups, TrainerOptions options,
+          TrainerHooks hooks);
 
   // Steps [state.step, total_steps). Throws Error(non_finite) after max_nonfinite_steps in a row.
   End run(TrainState& state);
 
-  // Mean cross-entropy over the supervised positions of a data set, all dp ranks together, nats.
+  // Mean cross-entropy over the supervised positions of a data set, all ranks together, nats.
   double validation_loss();
 
   // Of all steps so far in this process, and how many they are.
@@ -72,26 +89,34 @@ class Trainer {
     bool applied = false;
     StepBatch batch;
     double pairs = 0;  // (query, key) pairs of this rank's micro-batches
-    StepTimes times;
+    StepTimes times;   // of this rank, then means over all
+    std::int64_t channel_bytes = 0;  // that all ranks got from their teachers
   };
 
   void run_step(std::int64_t step, StepResult& result);
+  void forward(int m, double scale, StepResult& result);
+  void backward(int m, StepResult& result);
+  // Of what the last stages know: sums over its ranks that count, on every rank.
+  void sum_over_last_stages(std::span<double> values);
+  bool counts_loss() const { return links_.is_last() && student_.tp().rank() == 0; }
   void apply(StepResult& result);
   MetricRecord record(const TrainState& state, const StepResult& result) const;
 
   Device& device_;
   Transformer& student_;
   Optimizer& optimizer_;
+  GradientSync& sync_;
   TeacherSource* teacher_;
   const DataSource& data_;
   const DataSource* validation_;
-  Communicator& dp_;
+  StudentGroups groups_;
+  PipelineLinks links_;
   TrainerOptions options_;
   TrainerHooks hooks_;
   LossScale loss_scale_;
-  BatchOnDevice batch_;
-  HeadLoss head_loss_;
-  std::optional<HeadLoss> validation_head_;
+  std::vector<BatchOnDevice> batches_;  // one a micro-batch in flight
+  std::optional<HeadLoss> head_loss_, validation_head_;  // last stage
+  ConstView dhidden_;
   int nonfinite_in_a_row_ = 0;
   StepTimes times_;
   std::int64_t steps_run_ = 0;

@@ -134,7 +134,7 @@ std::unique_ptr<Transformer> load_model(Device& device, const std::string& name,
     device.upload(staging.view(), part.data());
     device.cast(model->values().col_slice(param.offset + first, staging.view().cols), staging.view());
   };
-  REQUIRE(load_weights(folder + name, model->table(), store));
+  REQUIRE(load_weights(folder + name, model->table(), model->table(), store));
   return model;
 }
 
@@ -342,9 +342,10 @@ TEST_CASE("thirty AdamW steps follow torch", "[golden]") {
   options.loss = loss_spec(t);
   options.logits_chunk = Pair::chunk;
   std::vector<MetricRecord> records;
-  Alone dp;
-  Trainer trainer(*pair.device, *pair.student, optimizer, options.loss.distill_weight == 0 ? nullptr : &pair.source,
-                  data, nullptr, dp, options,
+  Alone alone;
+  GradientSync sync(pair.student->table(), pair.student->values(), pair.student->gradients(), {alone, alone}, true, true);
+  Trainer trainer(*pair.device, *pair.student, optimizer, sync, options.loss.distill_weight == 0 ? nullptr : &pair.source,
+                  data, nullptr, {alone, alone, alone, alone}, options,
                   {.report = [&](const MetricRecord& r) { records.push_back(r); }, .save = {}, .stop_requested = {}});
   TrainState state;
   trainer.run(state);

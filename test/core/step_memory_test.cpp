@@ -1,6 +1,7 @@
 // A step keeps no memory that the first ones did not: what malloc has handed out stays the same to the byte.
 #include <malloc.h>
 #include <catch2/catch.hpp>
+#include <cmath>
 
 #include "core/distill/head_loss.h"
 #include "core/optim/optimizer.h"
@@ -31,7 +32,7 @@ TEST_CASE("forward, loss, backward and update allocate nothing after the first s
     batch.upload(micro);
     const View hidden = model.forward(batch.batch());
     model.backward(batch.batch(), head.forward_backward(hidden, batch.labels(), nullptr, 0.01));
-    optimizer.step(model.gradients(), 1e-4, optimizer.gradient_norm(model.gradients()));
+    optimizer.step(model.gradients(), 1e-4, std::sqrt(optimizer.squared_norm(model.gradients())));
   };
   const auto in_use = [] {
     const auto info = mallinfo2();

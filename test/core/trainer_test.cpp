@@ -36,9 +36,10 @@ struct Run {
   EncodedDataSource validation{random_samples(7, real_vocabulary, 2), validation_plan(3, 1, 0, Layout::packed)};
   Transformer student, teacher_model;
   Optimizer optimizer;
+  Alone alone;
+  GradientSync sync;
   Teacher teacher;
   LocalTeacher source;
-  Alone dp;
   std::vector<MetricRecord> records;
   std::vector<TrainState> saved;
   TrainState state;
@@ -57,6 +58,7 @@ struct Run {
         student(*device, tiny_spec("qwen2", true), s.dtype, limits(*this, true)),
         teacher_model(*device, tiny_spec("qwen3", false), s.dtype, limits(*this, false)),
         optimizer(*device, student.table(), student.values(), {.max_grad_norm = 1}),
+        sync(student.table(), student.values(), student.gradients(), {alone, alone}, true, true),
         teacher(*device, teacher_model, real_vocabulary, data.most_tokens(), data.most_supervised()),
         source(*device, teacher, s.dtype, 8) {
     randomise(*device, student, 1, 0.1f);
@@ -74,8 +76,8 @@ struct Run {
     options.loss.distill_weight = float(setup.weight);
     options.loss.vocabulary = real_vocabulary;
     options.logits_chunk = 8;
-    Trainer trainer(*device, student, optimizer, setup.weight != 0 ? &source : nullptr, data,
-                    setup.with_validation ? &validation : nullptr, dp, options,
+    Trainer trainer(*device, student, optimizer, sync, setup.weight != 0 ? &source : nullptr, data,
+                    setup.with_validation ? &validation : nullptr, {alone, alone, alone, alone}, options,
                     {.report = [this](const MetricRecord& r) { records.push_back(r); },
                      .save = [this](const TrainState& at) { saved.push_back(at); },
                      .stop_requested = stop});

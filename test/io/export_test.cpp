@@ -68,7 +68,7 @@ struct Source : ScratchFolder {
 
 void check_weights(const Source& source, DType dtype) {
   std::map<std::string, std::int64_t> seen;
-  REQUIRE(load_weights(source.path("out"), source.table,
+  REQUIRE(load_weights(source.path("out"), source.table, source.table,
                        [&](const Param& param, std::int64_t first, std::span<const float> values) {
                          for (std::size_t i = 0; i < values.size(); ++i) {
                            const float exact = value_of(param, first + std::int64_t(i));
@@ -191,7 +191,7 @@ TEST_CASE("export of a given folder", "[.][by-hand]") {
   REQUIRE((from && to && dtype));
   const ParamTable table = param_table(read_model_spec(from));
   std::vector<float> flat(std::size_t(table.storage_size()));
-  REQUIRE(load_weights(from, table, [&](const Param& param, std::int64_t first, std::span<const float> values) {
+  REQUIRE(load_weights(from, table, table, [&](const Param& param, std::int64_t first, std::span<const float> values) {
     std::copy(values.begin(), values.end(), flat.begin() + param.offset + first);
   }));
   const auto reader = [&](const Param& param, std::int64_t first, std::span<float> values) {

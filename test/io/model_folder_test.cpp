@@ -73,7 +73,7 @@ std::vector<std::vector<float>> load(const std::string& folder, const ParamTable
   std::vector<std::vector<float>> values(table.all().size());
   std::size_t last = 0;
   const bool there =
-      load_weights(folder, table, [&](const Param& param, std::int64_t first, std::span<const float> block) {
+      load_weights(folder, table, table, [&](const Param& param, std::int64_t first, std::span<const float> block) {
         const auto i = std::size_t(&param - table.all().data());
         CHECK(i >= last);
         CHECK(block.size_bytes() <= 16 << 20);
@@ -312,7 +312,7 @@ TEST_CASE("large tensors come in blocks", "[model_folder]") {
 
 TEST_CASE("a folder without weights says so", "[model_folder]") {
   const SmallFolder folder;
-  CHECK_FALSE(load_weights(folder.path(), folder.table, [](const Param&, std::int64_t, std::span<const float>) {}));
+  CHECK_FALSE(load_weights(folder.path(), folder.table, folder.table, [](const Param&, std::int64_t, std::span<const float>) {}));
   folder.write("training_args.bin", "");
   CHECK_FALSE(ModelWeights::open(folder.path(), folder.table).has_value());
 }

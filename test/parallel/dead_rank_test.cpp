@@ -35,7 +35,8 @@ struct Cradle {
 
   // In the process of a rank, when all have been forked.
   std::unique_ptr<Communicator> join(int rank, const Patience& patience) const {
-    const auto lives = std::make_shared<NodeLives>(std::shared_ptr<std::byte>(signs, signs->data()), std::size_t(rank));
+    const auto lives = std::make_shared<NodeLives>(std::shared_ptr<std::byte>(signs, signs->data()), std::size_t(n),
+                                                   std::size_t(rank));
     std::vector<Member> members;
     for (int r = 0; r < n; ++r) {
       while (sign(r).pid == 0) std::this_thread::sleep_for(1ms);

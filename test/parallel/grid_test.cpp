@@ -154,16 +154,33 @@ TEST_CASE("the table names every rank") {
         "     0  student   0   0   0        -  node-a\n");
 }
 
+TEST_CASE("stages and ends of pipelines form groups") {
+  run_ranks(6, [&](Communicator& world) {
+    const Grid grid = make_grid(nodes_of(world), 2, 3, false);
+    const Groups groups = make_groups(world, grid, /*kv_sharers=*/1);
+    const Place& me = grid.places[std::size_t(world.rank())];
+    check(groups.pp_forward->size() == 3 && groups.pp_forward->rank() == me.pp_rank, "pp group");
+    check(groups.kv->size() == 1, "nobody shares heads");
+    check(bool(groups.tied) == (me.pp_rank != 1), "first and last stage");
+    if (groups.tied) check(groups.tied->size() == 2 && groups.tied->rank() == me.pp_rank / 2, "in that order");
+    check(role_rank(grid.sizes, me) == groups.role->rank(), "rank among the students");
+  });
+}
+
 TEST_CASE("groups follow the grid") {
   const bool has_teacher = GENERATE(true, false);
   run_ranks(8, [&](Communicator& world) {
     const Grid grid = make_grid(nodes_of(world), 2, 1, has_teacher);
-    const Groups groups = make_groups(world, grid);
+    const Groups groups = make_groups(world, grid, /*kv_sharers=*/2);
     const Place& me = grid.places[std::size_t(world.rank())];
     check(groups.role->size() == (has_teacher ? 4 : 8), "role group of ", groups.role->size());
     check(groups.tp->size() == 2 && groups.tp->rank() == me.tp_rank, "tp group");
     check(groups.dp->size() == grid.sizes.dp && groups.dp->rank() == me.dp_rank, "dp group");
-    check(groups.pp->size() == 1, "pp group");
+    check(groups.pp_forward->size() == 1 && groups.pp_backward->size() == 1, "pp groups");
+    check(groups.kv->size() == 2 && groups.kv->rank() == me.tp_rank, "kv group");
+    check(!groups.tied, "one stage has no second end");
+    check(bool(groups.partners) == has_teacher, "partners");
+    if (groups.partners) check(groups.partners->rank() == int(me.role), "the student comes first");
     const std::int64_t coordinates = groups.dp->all_reduce(std::int64_t{me.tp_rank * 10 + int(me.role) * 100});
     check(coordinates == groups.dp->size() * (me.tp_rank * 10 + int(me.role) * 100), "dp ranks differ in dp only");
   });

@@ -35,12 +35,22 @@ inline ModelSpec tiny_spec(const std::string& family, bool tied) {
   return s;
 }
 
+// The same with sizes that grids can cut: 8 heads, 2 key/value heads, 5 layers.
+inline ModelSpec wide_spec(const std::string& family, bool tied) {
+  ModelSpec s = tiny_spec(family, tied);
+  s.q_heads = 8;
+  s.layers = 5;
+  return s;
+}
+
 // Weights that are large enough for every path to matter: norms around 1, biases not 0.
+// A part of a model gets that part of the whole one's.
 inline void randomise(Device& device, Transformer& model, std::uint64_t seed, float std = 0.3f) {
-  std::uint64_t index = 0;
   for (const Param& p : model.table().all()) {
     const View v = p.in(model.values());
-    device.fill_normal(v, seed, index++, 0, std);
+    for (std::int64_t r = 0; r < p.rows; ++r)
+      device.fill_normal(v.row_slice(r, 1), seed, std::uint64_t(p.index),
+                         (p.first_row + r) * p.whole_cols + p.first_col, std);
     if (p.init == Init::ones) {
       Tensor ones = device.tensor(p.rows, p.cols, DType::f64);
       const std::vector<double> host(std::size_t(p.size()), 1.0);

@@ -108,9 +108,10 @@ int main(int argc, char** argv) {
   Teacher teacher(*device, teacher_model, options.loss.vocabulary, data.most_tokens(), data.most_supervised());
   LocalTeacher source(*device, teacher, dtype, options.logits_chunk);
   Alone alone;
+  GradientSync sync(student.table(), student.values(), student.gradients(), {alone, alone}, true, true);
   const auto run = [&](std::int64_t from, std::int64_t to) {
     options.total_steps = to;
-    Trainer trainer(*device, student, optimizer, &source, data, nullptr, alone, options, {});
+    Trainer trainer(*device, student, optimizer, sync, &source, data, nullptr, {alone, alone, alone, alone}, options, {});
     TrainState state;
     state.step = from;
     state.optimizer_updates = from;
