@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <functional>
 #include <iostream>
 #include <memory>
 
@@ -13,6 +14,7 @@
 #include "core/train/time_report.h"
 #include "core/train/trainer.h"
 #include "io/checkpoint.h"
+#include "io/console_sink.h"
 #include "io/durable_file.h"
 #include "io/metric_sinks.h"
 #include "io/run_folder.h"
@@ -84,17 +86,19 @@ TrainState resume(const RunPlan& plan, CheckpointStore& store, StudentSide& stud
 
 // What the first student writes beside checkpoints and export.
 std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, const RunPlan& plan,
-                                                      std::int64_t first_step, const CsvSink::Warn& warn) {
+                                                      std::int64_t first_step,
+                                                      const std::function<void(const std::string&)>& warn) {
   const Config& config = plan.config;
   const std::filesystem::path log_dir = config.log_dir();
   std::error_code error;
   std::filesystem::create_directories(log_dir, error);
   check_input(!error, log_dir.string(), ": cannot create: ", error.message());
-  std::vector<std::unique_ptr<MetricSink>> sinks;
+  auto sinks =
+      make_sinks(config.track_with,
+                 {.folder = log_dir.string(), .names = metric_names(), .resumed_step = first_step, .warn = warn});
   // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
   const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
   sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps));
-  sinks.push_back(std::make_unique<CsvSink>((log_dir / "metrics.csv").string(), metric_names(), first_step, warn));
   folder.clear_finished();
   write_durably(folder.file("config.yaml"), to_yaml(config));
   return sinks;
@@ -169,7 +173,7 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
       config.peak_flops.value ? *config.peak_flops.value : measure_peak_flops(*device, config.student.model_args.dtype);
   TrainerHooks hooks;
   hooks.report = [&](const MetricRecord& record) {
-    for (const auto& sink : sinks) sink->write(record);
+    for (const auto& metrics : sinks) metrics->write(record);
   };
   hooks.save = [&](const TrainState& at) { checkpoints.save(at, student->state(CheckpointUse::save)); };
   bool is_late = false;

@@ -56,10 +56,6 @@ void check_roles_agree(const Config& config, std::vector<ConfigProblem>& problem
                                         ", as many as the student has (a teacher rank per student rank)")});
 }
 
-bool tracks_with(const Config& config, std::string_view sink) {
-  return std::find(config.track_with.begin(), config.track_with.end(), sink) != config.track_with.end();
-}
-
 // A value whose feature is declared but not there yet, of the whole run or of a role (its key is without the role).
 struct Lacking {
   using InRun = bool (*)(const Config&, const Capabilities&);
@@ -84,10 +80,6 @@ constexpr auto lacking = std::to_array<Lacking>({
      [](const Config& c, const Capabilities&) { return c.logits_transfer_backend == LogitsTransfer::network; }},
     {"profiler_timeline", "true is not yet supported: expected false",
      [](const Config& c, const Capabilities&) { return c.profiler_timeline; }},
-    {"track_with", "hdf5 is not yet supported: expected csv",
-     [](const Config& c, const Capabilities&) { return tracks_with(c, "hdf5"); }},
-    {"track_with", "tensorboard is not yet supported: expected csv",
-     [](const Config& c, const Capabilities&) { return tracks_with(c, "tensorboard"); }},
     {"strategy_args.strategy_config.virtual_pipeline_model_parallel_size",
      "more than 1 is not yet supported: expected 1",
      [](const StrategyConfig& s, const WorkerConfig&) { return s.virtual_pipeline_model_parallel_size > 1; }},

@@ -326,7 +326,7 @@ struct Config {
   ValidationConfig validation;
   bool is_offload_states = false;
   DeviceChoice device = DeviceChoice::automatic;
-  std::vector<std::string> track_with = {"csv"};
+  std::vector<std::string> track_with = {"csv", "hdf5", "tensorboard"};
   AutoOr<int> logits_chunk;
   int logits_ring_slots = 4;
   Seconds peer_dead_after{20}, peer_timeout{600};

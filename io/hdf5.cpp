@@ -12,34 +12,16 @@
 
 #include "core/error.h"
 #include "io/durable_file.h"
+#include "io/hdf5_library.h"
 
 namespace distill {
 
 namespace {
 
+using hdf5::Id, hdf5::must, hdf5::must_read, hdf5::take_turn;
+
 constexpr std::int64_t slab_bytes = 8 << 20;
 constexpr const char *format_attribute = "format", *whole_attribute = "whole_shape", *first_attribute = "first";
-
-// The library of Debian is not made for threads. The first one to come also silences its own error messages and its
-// handler at exit, which would wait for ever for a file that a full disk keeps it from closing.
-std::unique_lock<std::mutex> take_turn() {
-  static std::mutex mutex;
-  std::unique_lock lock(mutex);
-  static const bool is_set_up = H5dont_atexit() >= 0 && H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
-  check(is_set_up, "HDF5 cannot be set up");
-  return lock;
-}
-
-// What the library says about its last failure, most specific first.
-std::string reason() {
-  std::string out;
-  const auto keep_first = [](unsigned n, const H5E_error2_t* error, void* to) -> herr_t {
-    if (n == 0 && error->desc != nullptr) *static_cast<std::string*>(to) = error->desc;
-    return 0;
-  };
-  H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, keep_first, &out);
-  return out.empty() ? "HDF5 gives no reason" : out;
-}
 
 // Lets others take their turn while a callback runs.
 class Pause {
@@ -51,30 +33,6 @@ class Pause {
 
  private:
   std::unique_lock<std::mutex>& turn_;
-};
-
-// "<path>: cannot <what>: <why>" unless it went well.
-void must(bool went_well, const std::string& path, const std::string& what) {
-  if (!went_well) fail(path, ": cannot ", what, ": ", reason());
-}
-void must_read(bool went_well, const std::string& path, const std::string& what) {
-  if (!went_well) fail_input(path, ": cannot ", what, ": ", reason());
-}
-
-// An identifier of the library, given back at the end. Made and used while the lock is held.
-class Id {
- public:
-  Id(hid_t id, herr_t (*close)(hid_t)) : id_(id), close_(close) {}
-  ~Id() {
-    if (id_ >= 0) close_(id_);
-  }
-  Id(const Id&) = delete;
-  Id& operator=(const Id&) = delete;
-  operator hid_t() const { return id_; }
-
- private:
-  hid_t id_;
-  herr_t (*close_)(hid_t);
 };
 
 hid_t stored_type(DType type) {

@@ -1,4 +1,4 @@
-// Matrices in an HDF5 file, each one contiguous dataset. Over the library's C interface, which no other file sees.
+// Matrices in an HDF5 file, each one contiguous dataset.
 // Calls from several threads are fine: they take turns.
 #pragma once
 

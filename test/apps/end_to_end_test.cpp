@@ -7,6 +7,8 @@
 #include <sstream>
 #include <thread>
 
+#include "io/csv_sink.h"
+#include "io/hdf5_sink.h"
 #include "io/run_folder.h"
 #include "test/support/process.h"
 #include "test/support/scratch_folder.h"
@@ -215,6 +217,25 @@ TEST_CASE("a killed run resumes bit for bit", "[e2e]") {
   CHECK_THAT(resumed.output, Catch::Contains("resum"));
   CHECK(shop.losses("killed") == shop.losses("whole"));
   CHECK(shop.weights("killed") == shop.weights("whole"));
+  // metrics.h5 went through the kill and the resume as metrics.csv did; every start left an event file.
+  const auto csv = distill::read_csv_metrics(shop.path("logs/killed/metrics.csv")),
+             h5 = distill::read_hdf5_metrics(shop.path("logs/killed/metrics.h5"));
+  REQUIRE(csv.size() == h5.size());
+  for (std::size_t i = 0; i < csv.size(); ++i) {
+    INFO(csv[i].name);
+    CHECK(csv[i].name == h5[i].name);
+    REQUIRE(csv[i].points.size() == h5[i].points.size());
+    for (std::size_t j = 0; j < csv[i].points.size(); ++j) {
+      CHECK(csv[i].points[j].step == h5[i].points[j].step);
+      CHECK(csv[i].points[j].wall_time == h5[i].points[j].wall_time);
+      CHECK(csv[i].points[j].value == h5[i].points[j].value);
+    }
+  }
+  CHECK(csv[0].points.size() == 12);
+  const fs::directory_iterator logs(shop.path("logs/killed"));
+  CHECK(std::count_if(begin(logs), end(logs), [](const fs::directory_entry& entry) {
+          return entry.path().filename().string().starts_with("events.out.tfevents.");
+        }) == 2);
 }
 
 TEST_CASE("a signal saves, leaves with 85, and the same command goes on", "[e2e]") {

@@ -157,7 +157,7 @@ TEST_CASE("a file of the established pipeline runs unchanged") {
   const Config& config = file.config;
   CHECK(config.exp_name == "distill_cpu");
   CHECK(config.checkpoint_config.output_dir == "/var/tmp/ckpt/distill_cpu");
-  CHECK(config.track_with == std::vector<std::string>{"csv"});
+  CHECK(config.track_with == std::vector<std::string>{"csv", "hdf5", "tensorboard"});
   CHECK(config.logits_topk == 64);
   CHECK(config.distill_loss_weight == 0.85);
   CHECK(config.max_grad_norm == 1);
@@ -181,7 +181,7 @@ TEST_CASE("a file of the established pipeline runs unchanged") {
             "student.strategy_args.strategy_config.expert_model_parallel_size, student.worker_cls, system_envs, "
             "tracker_kwargs");
   CHECK(file.warnings[1] ==
-        file.name + ":20: track_with: wandb is not available here and ignored: metrics go to [csv]");
+        file.name + ":20: track_with: wandb is not available here and ignored: metrics go to [csv, hdf5, tensorboard]");
 }
 
 TEST_CASE("defaults") {
@@ -555,8 +555,6 @@ TEST_CASE("a value whose feature is not there yet is an error where it is writte
       {"logits_transfer_backend: nccl_only",
        "logits_transfer_backend: nccl-only is not yet supported: expected ipc+nccl"},
       {"profiler_timeline: true", "profiler_timeline: true is not yet supported: expected false"},
-      {"track_with: hdf5", "track_with: hdf5 is not yet supported: expected csv"},
-      {"track_with: [csv, tensorboard]", "track_with: tensorboard is not yet supported: expected csv"},
       {"teacher: {strategy_args: {strategy_config: {tensor_model_parallel_size: 2}}}",
        "teacher.strategy_args.strategy_config.tensor_model_parallel_size: more than 1 is not yet supported: expected "
        "1"},
@@ -590,7 +588,7 @@ TEST_CASE("student rows of what is not there yet") {
 TEST_CASE("values that are there are accepted when written") {
   CHECK(parse(needed + "device: cuda\n", {}, {.cuda = true}).config.device == DeviceChoice::cuda);
   const Config config =
-      read(needed + "device: cpu\nteacher_payload: logits\nprofiler_timeline: false\ntrack_with: [csv]\n" +
+      read(needed + "device: cpu\nteacher_payload: logits\nprofiler_timeline: false\ntrack_with: [hdf5]\n" +
            "eval_steps: 5\nmax_ckpt_to_keep: 3\nvalidation: {data_args: {file_name: v}}\n");
   CHECK(config.max_ckpt_to_keep == 3);
 }

@@ -1,6 +1,7 @@
 #include "io/metric_sinks.h"
 
 #include <sys/resource.h>
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <csignal>
 #include <filesystem>
@@ -8,6 +9,8 @@
 #include <limits>
 #include <sstream>
 
+#include "io/console_sink.h"
+#include "io/csv_sink.h"
 #include "test/support/refusal.h"
 #include "test/support/scratch_folder.h"
 
@@ -103,6 +106,54 @@ TEST_CASE("CSV: a full disk loses lines but no columns, and is reported once", "
   CHECK(read(path) == header + "3,1003.250,2,\n");
   CHECK(warnings ==
         std::vector<std::string>{"metrics.csv: cannot write: File too large; metrics are missing from here on"});
+}
+
+TEST_CASE("CSV: columns read back as series, without what a kill tore", "[metric_sinks]") {
+  const ScratchFolder folder;
+  const std::string path = folder.path("metrics.csv");
+  {
+    CsvSink sink(path, names, 0, no_warning);
+    sink.write({.step = 2, .wall_time = 3.5, .values = {{"train/loss", 1.0 / 3}}});
+    sink.write({.step = 3, .wall_time = 4, .values = {{"train/loss", std::nan("")}, {"student/val_loss", -1e-300}}});
+  }
+  std::ofstream(path, std::ios::app) << "4,5.0,1";
+  const auto series = read_csv_metrics(path);
+  REQUIRE(series.size() == 2);
+  CHECK(series[0].name == "train/loss");
+  REQUIRE(series[0].points.size() == 2);
+  CHECK(series[0].points[0].step == 2);
+  CHECK(series[0].points[0].wall_time == 3.5);
+  CHECK(series[0].points[0].value == 1.0 / 3);
+  CHECK(std::isnan(series[0].points[1].value));
+  REQUIRE(series[1].points.size() == 1);
+  CHECK(series[1].points[0].step == 3);
+  CHECK(series[1].points[0].value == -1e-300);
+  const auto error_of = [&](const std::string& content) {
+    folder.write("bad.csv", content);
+    return refusal(folder.path(), [&] { read_csv_metrics(folder.path("bad.csv")); });
+  };
+  CHECK(error_of("") == "bad.csv: has no line of columns that begins with step,wall_time");
+  CHECK(error_of("a,b\n") == "bad.csv: has no line of columns that begins with step,wall_time");
+  CHECK(error_of(header + "1,2,3,\n1,2,3\n") == "bad.csv:3: is not a line of 4 numbers");
+  CHECK(error_of(header + "1,2,x,\n") == "bad.csv:2: is not a line of 4 numbers");
+}
+
+TEST_CASE("track_with chooses the files", "[metric_sinks]") {
+  const auto files = [](const std::vector<std::string>& track_with) {
+    const ScratchFolder folder;
+    for (const auto& sink : make_sinks(track_with, {.folder = folder.path(), .names = names, .warn = no_warning}))
+      sink->write(record(1, 2));
+    std::vector<std::string> found;
+    for (const auto& entry : std::filesystem::directory_iterator(folder.path()))
+      found.push_back(entry.path().filename().string().substr(0, 11));
+    std::sort(found.begin(), found.end());
+    return found;
+  };
+  using Files = std::vector<std::string>;
+  CHECK(files({}).empty());
+  CHECK(files({"csv"}) == Files{"metrics.csv"});
+  CHECK(files({"tensorboard"}) == Files{"events.out."});
+  CHECK(files({"tensorboard", "hdf5", "csv"}) == Files{"events.out.", "metrics.csv", "metrics.h5"});
 }
 
 TEST_CASE("console: one line a record with units", "[metric_sinks]") {
