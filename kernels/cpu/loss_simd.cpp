@@ -66,8 +66,7 @@ HWY_INLINE Vector load_raw(const double* p, int i) {
   for (int j = 0; j < lanes; ++j) x[j] = float(p[i + j]);
   return hn::Load(d, x);
 }
-HWY_INLINE Vector load_raw(Prepared x, int i) { return hn::Load(d, x.p + i); }
-HWY_INLINE Vector load(Prepared x, int i) { return load_raw(x, i); }
+HWY_INLINE Vector load(Prepared x, int i) { return hn::Load(d, x.p + i); }
 template <class T>
 HWY_INLINE Vector load(const T* p, int i) {
   return readable_lanes(load_raw(p, i));
@@ -672,14 +671,10 @@ void linear_gradient_of(const GradientOut& out, const Row& row, const RowSums& s
   GradientWriter writer(out);
   blocks.for_each<has_teacher>([&](auto student, auto teacher) {
     for (int i = 0; i < blocks.padded; i += lanes) {
-      // Only the difference of logits needs them finite.
-      const Vector s = hn::Sub(has_reverse ? load(student, i) : load_raw(student, i), max_s);
+      const Vector s = hn::Sub(load(student, i), max_s);
       const Vector a = student_scaled<scaling>(s, scale_s);
       [[maybe_unused]] Vector b = a;
-      if constexpr (has_teacher) {
-        const Vector t = has_reverse ? load(teacher, i) : load_raw(teacher, i);
-        b = teacher_scaled<scaling>(hn::Sub(t, max_t), scale_t);
-      }
+      if constexpr (has_teacher) b = teacher_scaled<scaling>(hn::Sub(load(teacher, i), max_t), scale_t);
       Vector factor = p0;
       if constexpr (has_reverse) factor = hn::MulAdd(p1, hn::Add(hn::Sub(a, b), shift), p0);
       Vector g = hn::Mul(exp_of(a), factor);

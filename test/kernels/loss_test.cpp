@@ -250,7 +250,7 @@ TEST_CASE("equal distributions have no distance and no gradient", "[loss]") {
   for (std::int64_t r = 0; r < 2; ++r) {
     CHECK(std::abs(chunk.terms.get(r, LossTerms::divergence)) < 1e-7);
     CHECK(chunk.terms.get(r, LossTerms::top1_agreement) == 1);
-    for (const double g : chunk.dlogits.row(r, 700)) CHECK(std::abs(g) < 1e-7);
+    for (const double g : chunk.dlogits.row(r, 700)) CHECK(std::abs(g) < 2e-7);  // a few ulp
   }
 }
 
