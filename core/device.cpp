@@ -1,5 +1,9 @@
 #include "core/device.h"
 
+#include <algorithm>
+
+#include "core/communicator.h"
+
 namespace distill {
 
 namespace {
@@ -227,17 +231,21 @@ void Device::swiglu_backward(View dgate_up, const ConstView& dy, const ConstView
 }
 
 void Device::distill_loss(View dlogits, View terms, const ConstView& student, const ConstView& teacher,
-                          const ConstView& labels, const LossSpec& spec, float scale) {
+                          const ConstView& labels, const LossSpec& spec, float scale, const VocabularyShard& shard) {
+  const bool is_cut = shard.group && shard.group->size() > 1;
+  const std::int64_t beyond = std::max<std::int64_t>(spec.vocabulary - shard.first, 0);
+  const std::int64_t here = is_cut ? std::min(beyond, student.cols) : spec.vocabulary;
   check(dlogits.same_shape(student) && student.dtype == wide_type(student.dtype) && terms.rows == student.rows &&
             terms.cols == LossTerms::count && terms.dtype == student.dtype &&
-            is_vector(labels, student.rows, DType::i32) && spec.vocabulary > 0 && spec.vocabulary <= student.cols,
+            is_vector(labels, student.rows, DType::i32) && spec.vocabulary > 0 && here <= student.cols &&
+            (is_cut ? shard.first >= 0 : shard.first == 0),
         "distill_loss: dlogits ", dlogits, " terms ", terms, " student ", student, " labels ", labels, " vocabulary ",
-        spec.vocabulary);
-  check((spec.distill_weight == 0 && teacher.rows == 0) ||
-            (teacher.rows == student.rows && spec.vocabulary <= teacher.cols),
-        "distill_loss: teacher ", teacher, " student ", student, " vocabulary ", spec.vocabulary);
+        spec.vocabulary, " from ", shard.first);
+  check((spec.distill_weight == 0 && teacher.rows == 0) || (teacher.rows == student.rows && here <= teacher.cols),
+        "distill_loss: teacher ", teacher, " student ", student, " vocabulary ", spec.vocabulary, " from ",
+        shard.first);
   const Zone zone(*this, "distill_loss");
-  if (student.rows > 0) do_distill_loss(dlogits, terms, student, teacher, labels, spec, scale);
+  if (student.rows > 0) do_distill_loss(dlogits, terms, student, teacher, labels, spec, scale, shard);
 }
 
 void Device::adamw(View param, View master, View m, View v, const ConstView& grad, const AdamWStep& step) {

@@ -140,8 +140,10 @@ class Device {
   //   terms wide [C, LossTerms::count]   unweighted parts of the loss and what metrics want to know
   //   dlogits [C, Vs] (type of the student's head) = scale · ∂/∂student ((1−w) CE + w D); padding columns get 0
   // student wide [C, Vs]; teacher any [C, Vt], or empty when spec.distill_weight is 0; labels i32 [1, C].
+  // With the vocabulary cut over ranks (`shard`), every rank of the group calls with its columns and the same labels,
+  // and gets the same terms, those of the whole vocabulary. Only statistics of positions travel, never logits.
   void distill_loss(View dlogits, View terms, const ConstView& student, const ConstView& teacher,
-                    const ConstView& labels, const LossSpec& spec, float scale);
+                    const ConstView& labels, const LossSpec& spec, float scale, const VocabularyShard& shard = {});
 
   // --- optimiser
   // ------------------------------------------------------------------------------------------------------ param any
@@ -197,7 +199,8 @@ class Device {
   virtual void do_swiglu(View y, const ConstView& gate_up) = 0;
   virtual void do_swiglu_backward(View dgate_up, const ConstView& dy, const ConstView& gate_up) = 0;
   virtual void do_distill_loss(View dlogits, View terms, const ConstView& student, const ConstView& teacher,
-                               const ConstView& labels, const LossSpec& spec, float scale) = 0;
+                               const ConstView& labels, const LossSpec& spec, float scale,
+                               const VocabularyShard& shard) = 0;
   virtual void do_adamw(View param, View master, View m, View v, const ConstView& grad, const AdamWStep& step) = 0;
 
   std::map<std::string, OpTime, std::less<>> op_times_;

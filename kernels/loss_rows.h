@@ -227,7 +227,7 @@ struct Outcomes {
   S log_zs = 0, log_zt = 0;      // log Σ exp(a), log Σ exp(b) over the outcomes
 
   // The bucket comes after the columns, and counts once: where column 0 is.
-  DISTILL_HD std::int64_t size() const { return x.row.columns + (has_bucket && x.row.first == 0); }
+  DISTILL_HD std::int64_t size() const { return x.row.columns + (has_bucket && x.row.first == 0 && x.row.columns > 0); }
   DISTILL_HD bool has(std::int64_t j) const { return !is_cut || j >= x.row.columns || cut.keeps(x.row, j); }
   DISTILL_HD S a(std::int64_t j) const { return j < x.row.columns ? x.a(j) : bucket_a; }
   DISTILL_HD S b(std::int64_t j) const { return j < x.row.columns ? x.b(j) : bucket_b; }

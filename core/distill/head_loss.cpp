@@ -2,10 +2,12 @@
 
 #include <algorithm>
 
+#include "core/model/vocabulary.h"
+
 namespace distill {
 
 std::int64_t head_columns(std::int64_t real_vocabulary, std::int64_t rows) {
-  return std::min(rows, (real_vocabulary + 63) / 64 * 64);
+  return vocabulary_part(real_vocabulary, rows, 1, 0).columns;
 }
 
 std::int64_t default_logits_chunk(std::int64_t columns, DType dtype) {
@@ -17,12 +19,17 @@ std::int64_t default_logits_chunk(std::int64_t columns, DType dtype) {
 }
 
 HeadLoss::HeadLoss(Device& device, Transformer& student, const LossSpec& spec, std::int64_t chunk,
-                   std::int64_t most_supervised)
+                   std::int64_t most_supervised, Communicator* group)
     : device_(device),
       student_(student),
       spec_(spec),
-      chunk_(std::min(chunk, std::max<std::int64_t>(most_supervised, 1))),
-      columns_(head_columns(spec.vocabulary, student.spec().vocabulary)) {
+      chunk_(std::min(chunk, std::max<std::int64_t>(most_supervised, 1))) {
+  const VocabularyPart part =
+      vocabulary_part(spec.vocabulary, student.spec().vocabulary, group ? group->size() : 1, group ? group->rank() : 0);
+  check(spec.vocabulary <= student.spec().vocabulary, "a real vocabulary of ", spec.vocabulary, " and a head of ",
+        student.spec().vocabulary, " rows");
+  shard_ = {part.first, group};
+  columns_ = part.columns;
   const DType type = student.dtype(), wide = wide_type(type);
   logits_ = device.tensor(chunk_, columns_, wide);
   dlogits_ = device.tensor(chunk_, columns_, type);
@@ -45,7 +52,8 @@ void HeadLoss::for_each_chunk(const ConstView& hidden, const ConstView& labels, 
                terms = terms_.view().row_slice(0, n);
     device_.gemm(logits, h, transposed(student_.head(columns_)));
     const ConstView teacher_logits = teacher ? teacher->acquire(n) : ConstView();
-    device_.distill_loss(dlogits, terms, logits, teacher_logits, labels.col_slice(first, n), spec_, float(scale));
+    device_.distill_loss(dlogits, terms, logits, teacher_logits, labels.col_slice(first, n), spec_, float(scale),
+                         shard_);
     if (teacher) teacher->release();
     device_.column_sums(sums_.view(), terms);
     after_loss(first, h, dlogits);
@@ -59,6 +67,7 @@ ConstView HeadLoss::forward_backward(const ConstView& hidden, const ConstView& l
     device_.gemm(student_.head_gradient(columns_), transposed(dlogits), h, Write::accumulate);
     device_.gemm(dhidden.row_slice(first, h.rows), dlogits, student_.head(columns_));
   });
+  if (shard_.group) shard_.group->all_reduce(dhidden);
   return dhidden;
 }
 

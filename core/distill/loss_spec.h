@@ -30,6 +30,16 @@ struct LossSpec {
   std::int64_t vocabulary = 0;  // real vocabulary: ids the tokenizer can produce; columns beyond it are excluded
 };
 
+class Communicator;
+
+// The part of a cut vocabulary that lies here: column 0 of the student's and of the teacher's logits is id `first`. The
+// ranks of `group` hold the whole in rank order; the real columns here, clamp(LossSpec::vocabulary − first, 0,
+// columns), may be none. No group, or a group of one: the whole vocabulary is here.
+struct VocabularyShard {
+  std::int64_t first = 0;
+  Communicator* group = nullptr;
+};
+
 // Columns of the per-position terms of Device::distill_loss.
 struct LossTerms {
   enum Column {

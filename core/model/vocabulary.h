@@ -1,28 +1,19 @@
-// How the vocabulary is cut over tensor-parallel ranks.
+// How the vocabulary is cut over the ranks of a tensor-parallel group.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 namespace distill {
 
-// Ids [first, first + rows) of embedding and head lie on a rank; the head computes the first `columns` of them.
+// What a rank has of a model's embedding and output head.
 struct VocabularyPart {
-  std::int64_t first = 0, rows = 0, columns = 0;
+  std::int64_t first = 0;    // id of its first row
+  std::int64_t rows = 0;     // rows of the tables; the last rank also has the padding behind the real vocabulary
+  std::int64_t columns = 0;  // logits to compute: its real ids, rounded up for the matrix product as far as it has rows
 };
 
-// The cut follows from the real vocabulary alone, so a student's and a teacher's parts are the same columns although
-// their paddings differ. Wide vocabularies are cut at multiples of 64 for the matrix product, as long as that leaves no
-// rank without columns. The last rank also holds the padding rows of the model, which no product reads.
-inline VocabularyPart vocabulary_part(std::int64_t real_vocabulary, std::int64_t model_rows, int tp_size, int tp_rank) {
-  const std::int64_t step = tp_size == 1 || real_vocabulary >= std::int64_t{64} * tp_size * tp_size ? 64 : 1;
-  const std::int64_t width = (real_vocabulary + step * tp_size - 1) / (step * tp_size) * step;
-  const auto edge = [&](int rank) { return std::min(width * rank, model_rows); };
-  VocabularyPart part;
-  part.first = edge(tp_rank);
-  part.columns = edge(tp_rank + 1) - part.first;
-  part.rows = (tp_rank + 1 == tp_size ? model_rows : edge(tp_rank + 1)) - part.first;
-  return part;
-}
+// The cut depends on the real vocabulary alone, so that student and teacher have the same ids on a rank although their
+// paddings differ. The last parts may be shorter, or without a real id.
+VocabularyPart vocabulary_part(std::int64_t real_vocabulary, std::int64_t model_rows, int tp_size, int tp_rank);
 
 }  // namespace distill

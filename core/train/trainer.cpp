@@ -95,10 +95,11 @@ Trainer::Trainer(Device& device, Transformer& student, Optimizer& optimizer, Gra
   for (int i = 0; i < most_in_flight(links_.stages(), links_.stage(), options.micro_batches); ++i)
     batches_.emplace_back(device, tokens, supervised);
   if (!links_.is_last()) return;
-  head_loss_.emplace(device, student, options_.loss, options_.logits_chunk, data.most_supervised());
+  head_loss_.emplace(device, student, options_.loss, options_.logits_chunk, data.most_supervised(),
+                     &student.tp().group());
   if (validation_)
     validation_head_.emplace(device, student, cross_entropy_only(options_.loss), options_.logits_chunk,
-                             validation_->most_supervised());
+                             validation_->most_supervised(), &student.tp().group());
 }
 
 Trainer::End Trainer::run(TrainState& state) {

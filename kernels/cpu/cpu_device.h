@@ -52,7 +52,8 @@ class CpuDevice final : public Device {
   void do_swiglu(View y, const ConstView& gate_up) override;
   void do_swiglu_backward(View dgate_up, const ConstView& dy, const ConstView& gate_up) override;
   void do_distill_loss(View dlogits, View terms, const ConstView& student, const ConstView& teacher,
-                       const ConstView& labels, const LossSpec& spec, float scale) override;
+                       const ConstView& labels, const LossSpec& spec, float scale,
+                       const VocabularyShard& shard) override;
   void do_adamw(View param, View master, View m, View v, const ConstView& grad, const AdamWStep& step) override;
 
   // dskip may be null.

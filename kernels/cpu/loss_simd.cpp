@@ -66,8 +66,7 @@ HWY_INLINE Vector load_raw(const double* p, int i) {
   for (int j = 0; j < lanes; ++j) x[j] = float(p[i + j]);
   return hn::Load(d, x);
 }
-HWY_INLINE Vector load_raw(Prepared x, int i) { return hn::Load(d, x.p + i); }
-HWY_INLINE Vector load(Prepared x, int i) { return load_raw(x, i); }
+HWY_INLINE Vector load(Prepared x, int i) { return hn::Load(d, x.p + i); }
 template <class T>
 HWY_INLINE Vector load(const T* p, int i) {
   return readable_lanes(load_raw(p, i));
@@ -305,14 +304,6 @@ RowSums row_sums(const Row& row, CrossSums cross) {
 
 // --- adaptive_kl: where the head of q begins, and how far p is from it on either side
 
-constexpr int pivots = 4;
-constexpr float beyond = 1e29f;  // further from the largest logit than any real one
-
-// Σ q and Σ |q − p| over the entries at least as far from the largest logit as each pivot.
-struct PivotSums {
-  double mass[pivots] = {}, gap[pivots] = {};
-};
-
 struct PivotLanes {
   explicit PivotLanes(const float* at) {
     for (int i = 0; i < pivots; ++i) {
@@ -353,33 +344,6 @@ struct TeacherView {
     return hn::Abs(hn::Sub(q, hn::Mul(exp_of(a), inverse_zs)));
   }
   Vector max_s, max_t, scale_s, scale_t, inverse_zs, inverse_zt;
-};
-
-// The interval [near, far) of distances where the head ends: the mass from `near` on exceeds α (or near is 0), the mass
-// from `far` on does not.
-struct Boundary {
-  float near = 0, far = beyond;
-  double far_gap = 0, far_mass = 0;
-
-  void narrow(const float* at, const PivotSums& sums, double alpha) {
-    int i = 0;
-    while (i < pivots && far_mass_at(sums, i) > alpha) ++i;
-    const double mass_below = far_mass, gap_below = far_gap;
-    if (i < pivots) {
-      far = at[i];
-      far_mass = mass_below + sums.mass[i];
-      far_gap = gap_below + sums.gap[i];
-    }
-    if (i > 0) near = at[i - 1];
-  }
-  double far_mass_at(const PivotSums& sums, int i) const { return far_mass + sums.mass[i]; }
-  bool found() const { return std::bit_cast<std::int32_t>(far) - std::bit_cast<std::int32_t>(near) <= 1; }
-  // Equal steps in the bits of the float: every pass divides what is left by five, whatever the distribution.
-  void spread(float* at) const {
-    const std::int32_t from = std::bit_cast<std::int32_t>(near), to = std::bit_cast<std::int32_t>(far);
-    for (int i = 0; i < pivots; ++i)
-      at[i] = std::bit_cast<float>(std::min(to, from + std::max((to - from) / (pivots + 1), 1) * (i + 1)));
-  }
 };
 
 HWY_INLINE auto is_between(Vector distance, Vector near, Vector far) {
@@ -439,36 +403,34 @@ PivotSums list_pivot_sums(const EntryList& list, const float* at) {
   return sums;
 }
 
-HeadTailGaps head_tail_gaps(const Row& row, const RowSums& sums, double alpha, Scratch& scratch) {
+PivotSums pivot_sums_of(const Row& row, const RowSums& sums, const float* at) {
   const TeacherView view(row, sums);
   Blocks blocks(row);
-
-  // First pivots around where a logistic distribution of the distances, with their mean (the entropy, up to a constant)
-  // and deviation, would have the boundary.
-  const double mean = -sums.teacher_dot / sums.teacher;
-  const double deviation = std::sqrt(std::max(0.0, sums.teacher_square / sums.teacher - mean * mean));
-  const double guess = mean + deviation * std::log((1 - alpha) / alpha) / 1.8;
-  constexpr double spread[pivots] = {-0.5, -0.15, 0.15, 0.5};
-  float at[pivots];
-  for (int i = 0; i < pivots; ++i) at[i] = float(std::max(1e-30, guess + spread[i] * deviation));
-
-  PivotSums pivot_sums;
+  PivotSums total;
   PivotLanes run(at);
-  double total_gap = 0;
   blocks.for_each<true>([&](auto student, auto teacher) {
-    Vector total = hn::Zero(d);
+    Vector total_gap = hn::Zero(d);
     for (int i = 0; i < blocks.padded; i += lanes) {
       const Vector distance = view.distance(load(teacher, i)), q = view.q(distance);
       const Vector gap = view.gap(load(student, i), q);
-      total = hn::Add(total, gap);
+      total_gap = hn::Add(total_gap, gap);
       run.add(distance, q, gap);
     }
-    run.flush(pivot_sums);
-    total_gap += sum_of(total);
+    run.flush(total);
+    total.total_gap += sum_of(total_gap);
   });
-  Boundary boundary;
-  boundary.narrow(at, pivot_sums, alpha);
+  return total;
+}
 
+HeadTailGaps head_tail_gaps(const Row& row, const RowSums& sums, double alpha, Scratch& scratch) {
+  float at[pivots];
+  first_pivots(at, sums, alpha);
+  const PivotSums first = pivot_sums_of(row, sums, at);
+  Boundary boundary;
+  boundary.narrow(at, first, alpha);
+
+  const TeacherView view(row, sums);
+  Blocks blocks(row);
   EntryList list(scratch, row.columns + 2 * lanes);
   const Vector near = hn::Set(d, boundary.near), far = hn::Set(d, boundary.far);
   blocks.for_each<true>([&](auto student, auto teacher) {
@@ -485,7 +447,33 @@ HeadTailGaps head_tail_gaps(const Row& row, const RowSums& sums, double alpha, S
     boundary.narrow(at, list_pivot_sums(list, at), alpha);
     list.keep_between(boundary);
   }
-  return {std::max(0.0, total_gap - boundary.far_gap), boundary.far_gap};
+  return {std::max(0.0, first.total_gap - boundary.far_gap), boundary.far_gap};
+}
+
+void add_histogram(double* mass, double* gap, const Row& row, const RowSums& sums, const Boundary& boundary) {
+  const TeacherView view(row, sums);
+  const Vector near = hn::Set(d, boundary.near), far = hn::Set(d, boundary.far);
+  const std::int32_t near_bits = std::bit_cast<std::int32_t>(boundary.near);
+  const int shift = boundary.bin_shift();
+  HWY_ALIGN float distances[lanes], masses[lanes], gaps[lanes];
+  Blocks blocks(row);
+  blocks.for_each<true>([&](auto student, auto teacher) {
+    for (int i = 0; i < blocks.padded; i += lanes) {
+      const Vector distance = view.distance(load(teacher, i));
+      const auto here = is_between(distance, near, far);
+      if (hn::AllFalse(d, here)) continue;
+      const Vector q = view.q(distance);
+      hn::Store(hn::IfThenElse(here, distance, near), d, distances);
+      hn::Store(hn::IfThenElseZero(here, q), d, masses);
+      hn::Store(hn::IfThenElseZero(here, view.gap(load(student, i), q)), d, gaps);
+      for (int j = 0; j < lanes; ++j) {
+        const float distance_j = distances[j] + 0.0f;  // −0 is +0
+        const std::int32_t bin = (std::bit_cast<std::int32_t>(distance_j) - near_bits) >> shift;
+        mass[bin] += double(masses[j]);
+        gap[bin] += double(gaps[j]);
+      }
+    }
+  });
 }
 
 // --- objectives in general: their value and slope on vectors
@@ -635,8 +623,9 @@ class GradientWriter {
     }
   }
   void finish(std::int64_t columns) {
-    std::memset(static_cast<char*>(out_.dlogits) + columns * std::int64_t(size_of(out_.type)), 0,
-                std::size_t(out_.padded - columns) * size_of(out_.type));
+    if (out_.padded > columns)
+      std::memset(static_cast<char*>(out_.dlogits) + columns * std::int64_t(size_of(out_.type)), 0,
+                  std::size_t(out_.padded - columns) * size_of(out_.type));
     if (out_.stream) hwy::FlushStream();
   }
 
@@ -672,14 +661,10 @@ void linear_gradient_of(const GradientOut& out, const Row& row, const RowSums& s
   GradientWriter writer(out);
   blocks.for_each<has_teacher>([&](auto student, auto teacher) {
     for (int i = 0; i < blocks.padded; i += lanes) {
-      // Only the difference of logits needs them finite.
-      const Vector s = hn::Sub(has_reverse ? load(student, i) : load_raw(student, i), max_s);
+      const Vector s = hn::Sub(load(student, i), max_s);
       const Vector a = student_scaled<scaling>(s, scale_s);
       [[maybe_unused]] Vector b = a;
-      if constexpr (has_teacher) {
-        const Vector t = has_reverse ? load(teacher, i) : load_raw(teacher, i);
-        b = teacher_scaled<scaling>(hn::Sub(t, max_t), scale_t);
-      }
+      if constexpr (has_teacher) b = teacher_scaled<scaling>(hn::Sub(load(teacher, i), max_t), scale_t);
       Vector factor = p0;
       if constexpr (has_reverse) factor = hn::MulAdd(p1, hn::Add(hn::Sub(a, b), shift), p0);
       Vector g = hn::Mul(exp_of(a), factor);
@@ -834,12 +819,59 @@ void RowSums::merge(RowSums other, double student_scale, double teacher_scale) {
   agreement = agreement || other.agreement;
 }
 
+void first_pivots(float* at, const RowSums& sums, double alpha) {
+  // Around where a logistic distribution of the distances, with their mean (the entropy, up to a constant) and
+  // deviation, would have the boundary.
+  const double mean = -sums.teacher_dot / sums.teacher;
+  const double deviation = std::sqrt(std::max(0.0, sums.teacher_square / sums.teacher - mean * mean));
+  const double guess = mean + deviation * std::log((1 - alpha) / alpha) / 1.8;
+  constexpr double spread[pivots] = {-0.5, -0.15, 0.15, 0.5};
+  for (int i = 0; i < pivots; ++i) at[i] = float(std::max(1e-30, guess + spread[i] * deviation));
+}
+
+void Boundary::narrow(const float* at, const PivotSums& sums, double alpha) {
+  int i = 0;
+  while (i < pivots && far_mass + sums.mass[i] > alpha) ++i;
+  if (i < pivots) {
+    far = at[i];
+    far_mass += sums.mass[i];
+    far_gap += sums.gap[i];
+  }
+  if (i > 0) near = at[i - 1];
+}
+
+void Boundary::narrow(const double* mass, const double* gap, double alpha) {
+  const int shift = bin_shift();
+  int bin = (width() - 1) >> shift;
+  for (; bin > 0 && !(far_mass + mass[bin] > alpha); --bin) {
+    far_mass += mass[bin];
+    far_gap += gap[bin];
+  }
+  const std::int32_t from = std::bit_cast<std::int32_t>(near) + (bin << shift), to = std::bit_cast<std::int32_t>(far);
+  near = std::bit_cast<float>(from);
+  far = std::bit_cast<float>(from + std::min(1 << shift, to - from));
+}
+
+void Boundary::spread(float* at) const {
+  const std::int32_t from = std::bit_cast<std::int32_t>(near), to = std::bit_cast<std::int32_t>(far);
+  for (int i = 0; i < pivots; ++i)
+    at[i] = std::bit_cast<float>(std::min(to, from + std::max((to - from) / (pivots + 1), 1) * (i + 1)));
+}
+
+int Boundary::bin_shift() const {
+  int shift = 0;
+  while ((width() - 1) >> shift >= bins) ++shift;
+  return shift;
+}
+
 bool RowSums::finite() const {
   return std::isfinite(plain + student + student_dot + teacher + teacher_dot + forward + reverse);
 }
 
 HWY_EXPORT(row_sums);
 HWY_EXPORT(head_tail_gaps);
+HWY_EXPORT(pivot_sums_of);
+HWY_EXPORT(add_histogram);
 HWY_EXPORT(divergence_sums);
 HWY_EXPORT(linear_gradient);
 HWY_EXPORT(general_gradient);
@@ -848,6 +880,12 @@ HWY_EXPORT(find_topk);
 RowSums row_sums(const Row& row, CrossSums cross) { return HWY_DYNAMIC_DISPATCH(row_sums)(row, cross); }
 HeadTailGaps head_tail_gaps(const Row& row, const RowSums& sums, double alpha, Scratch& scratch) {
   return HWY_DYNAMIC_DISPATCH(head_tail_gaps)(row, sums, alpha, scratch);
+}
+PivotSums pivot_sums(const Row& row, const RowSums& sums, const float* at) {
+  return HWY_DYNAMIC_DISPATCH(pivot_sums_of)(row, sums, at);
+}
+void add_histogram(double* mass, double* gap, const Row& row, const RowSums& sums, const Boundary& boundary) {
+  HWY_DYNAMIC_DISPATCH(add_histogram)(mass, gap, row, sums, boundary);
 }
 DivergenceSums divergence_sums(const Row& row, const RowSums& sums, const LossSpec& spec, Scratch& scratch) {
   return HWY_DYNAMIC_DISPATCH(divergence_sums)(row, sums, spec, scratch);

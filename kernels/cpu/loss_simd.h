@@ -3,6 +3,7 @@
 // machine.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -55,11 +56,43 @@ struct HeadTailGaps {
 };
 HeadTailGaps head_tail_gaps(const Row& row, const RowSums& sums, double alpha, Scratch& scratch);
 
+// The same search in steps, for a row that is cut over ranks: between two steps the sums of all ranks are added up.
+constexpr int pivots = 4;
+
+// Σ q and Σ |q − p| over the entries at least as far from the largest logit as each pivot; Σ |q − p| over all.
+struct PivotSums {
+  double mass[pivots] = {}, gap[pivots] = {}, total_gap = 0;
+};
+// First pivots, from the sums of the whole row: CrossSums::all.
+void first_pivots(float* at, const RowSums& sums, double alpha);
+PivotSums pivot_sums(const Row& row, const RowSums& sums, const float* at);
+
+// The interval [near, far) of distances where the head ends: the mass from `near` on exceeds α (or near is 0), the mass
+// from `far` on does not.
+struct Boundary {
+  static constexpr int bins = 256;
+
+  float near = 0, far = 1e29f;  // further from the largest logit than any real one
+  double far_gap = 0, far_mass = 0;
+
+  void narrow(const float* at, const PivotSums& sums, double alpha);
+  // mass, gap: what add_histogram() gives.
+  void narrow(const double* mass, const double* gap, double alpha);
+  bool found() const { return width() <= 1; }
+  // Floats in the interval: equal steps in their bits divide it, whatever the distribution.
+  std::int32_t width() const { return std::bit_cast<std::int32_t>(far) - std::bit_cast<std::int32_t>(near); }
+  void spread(float* at) const;
+  // The bin of a distance of the interval is the number of floats from `near` to it >> bin_shift().
+  int bin_shift() const;
+};
+// Adds Σ q and Σ |q − p| over the entries of the interval by their bin.
+void add_histogram(double* mass, double* gap, const Row& row, const RowSums& sums, const Boundary& boundary);
+
 struct DivergenceSums {
   double value = 0, slope = 0;
 };
-// For any objective of core/distill/divergence.h but adaptive_kl, from its value() and slope(). Leaves slope and p of every
-// column in the scratch memory for general_gradient().
+// For any objective of core/distill/divergence.h but adaptive_kl, from its value() and slope(). Leaves slope and p of
+// every column in the scratch memory for general_gradient().
 DivergenceSums divergence_sums(const Row& row, const RowSums& sums, const LossSpec& spec, Scratch& scratch);
 
 // What the gradient pass writes beside the columns.

@@ -1,5 +1,6 @@
 // Time of Device::distill_loss per vocabulary entry, beside the head's three matrix products for the same positions.
-// loss_bench [threads] [positions]; vocabulary 151,936, hidden size 896, bf16 teacher and gradient.
+// loss_bench [threads] [positions] [ranks]; vocabulary 151,936, hidden size 896, bf16 teacher and gradient. With more
+// than one rank the loss is timed with the vocabulary cut over so many, which are threads of their own.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -8,7 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "core/model/vocabulary.h"
 #include "kernels/backends.h"
+#include "parallel/parallel.h"
 
 namespace distill {
 namespace {
@@ -24,7 +27,7 @@ double best_seconds(const std::function<void()>& body, int repeats = 5) {
   return best;
 }
 
-int run(int threads, std::int64_t positions) {
+int run(int threads, std::int64_t positions, int ranks) {
   constexpr std::int64_t vocabulary = 151936, hidden = 896;
   const auto device = make_cpu_device(threads);
   const auto normal = [&](std::int64_t rows, std::int64_t cols, DType type, std::uint64_t seed, float deviation) {
@@ -32,13 +35,14 @@ int run(int threads, std::int64_t positions) {
     device->fill_normal(x.view(), 1, seed, 0, deviation);
     return x;
   };
-  Tensor student = normal(positions, vocabulary, DType::f32, 1, 3), teacher = normal(positions, vocabulary, DType::bf16, 2, 3);
+  Tensor student = normal(positions, vocabulary, DType::f32, 1, 3),
+         teacher = normal(positions, vocabulary, DType::bf16, 2, 3);
   Tensor gradient = device->tensor(positions, vocabulary, DType::bf16);
-  Tensor terms = device->tensor(positions, LossTerms::count, DType::f32);
   Tensor labels = device->tensor(1, positions, DType::i32);
   for (std::int64_t r = 0; r < positions; ++r) labels.view().as<std::int32_t>()[r] = std::int32_t(r * 97 % 1000);
 
-  Tensor head = normal(vocabulary, hidden, DType::bf16, 3, 0.02f), states = normal(positions, hidden, DType::bf16, 4, 1);
+  Tensor head = normal(vocabulary, hidden, DType::bf16, 3, 0.02f),
+         states = normal(positions, hidden, DType::bf16, 4, 1);
   Tensor head_gradient = device->tensor(vocabulary, hidden, DType::f32);
   Tensor state_gradient = device->tensor(positions, hidden, DType::bf16);
   device->zero(head_gradient.view());
@@ -59,9 +63,9 @@ int run(int threads, std::int64_t positions) {
     int topk;
     TopkMode mode;
   };
-  for (const Case& c : {Case{"", 1, 0, {}}, Case{" temperature 2", 2, 0, {}},
-                        Case{" top-64 renormalize", 1, 64, TopkMode::renormalize},
-                        Case{" top-1024 tail", 1, 1024, TopkMode::tail}}) {
+  for (const Case& c :
+       {Case{"", 1, 0, {}}, Case{" temperature 2", 2, 0, {}}, Case{" top-64 renormalize", 1, 64, TopkMode::renormalize},
+        Case{" top-1024 tail", 1, 1024, TopkMode::tail}}) {
     for (std::size_t o = 0; o < objective_names.size(); ++o) {
       LossSpec spec;
       spec.objective = Objective(o);
@@ -69,11 +73,21 @@ int run(int threads, std::int64_t positions) {
       spec.temperature = c.temperature;
       spec.topk = c.topk;
       spec.topk_mode = c.mode;
-      const double seconds = best_seconds([&] {
-        device->distill_loss(gradient.view(), terms.view(), student.view(), teacher.view(), labels.view(), spec, 1e-3f);
+      double seconds = 0;
+      run_ranks(ranks, [&](Communicator& group) {
+        const auto mine = make_cpu_device(threads);
+        const VocabularyPart part = vocabulary_part(spec.vocabulary, vocabulary, ranks, group.rank());
+        const auto here = [&](Tensor& x) { return x.view().col_slice(part.first, part.rows); };
+        Tensor my_terms = mine->tensor(positions, LossTerms::count, DType::f32);
+        const double best = best_seconds([&] {
+          mine->distill_loss(here(gradient), my_terms.view(), here(student), here(teacher), labels.view(), spec, 1e-3f,
+                             {part.first, &group});
+          group.barrier();
+        });
+        if (group.rank() == 0) seconds = best;
       });
-      std::printf("%-18s%-20s %.3f ns per entry, %4.1f%% of the products\n", std::string(objective_names[o]).c_str(), c.what,
-                  1e9 * seconds / entries, 100 * seconds / products);
+      std::printf("%-18s%-20s %.3f ns per entry, %4.1f%% of the products\n", std::string(objective_names[o]).c_str(),
+                  c.what, 1e9 * seconds / entries, 100 * seconds / products);
     }
   }
   return 0;
@@ -83,5 +97,6 @@ int run(int threads, std::int64_t positions) {
 }  // namespace distill
 
 int main(int argc, char** argv) {
-  return distill::run(argc > 1 ? std::atoi(argv[1]) : 2, argc > 2 ? std::atoi(argv[2]) : 256);
+  return distill::run(argc > 1 ? std::atoi(argv[1]) : 2, argc > 2 ? std::atoi(argv[2]) : 256,
+                      argc > 3 ? std::atoi(argv[3]) : 1);
 }
