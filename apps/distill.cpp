@@ -47,15 +47,18 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
       return ExitCode::ok;
     }
     threads = compute_threads(world);
+    ConfigFile file;
+    Grid grid;
     world.run_together([&] {
-      const ConfigFile file = read_config(command.config, command.overrides, Capabilities{});
+      file = read_config(command.config, command.overrides, Capabilities{});
       if (speaks)
         for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
       if (command.command == Command::train) check_no_old_checkpoints(file.config);
-      const Say progress = progress_line(speaks);
-      plan.emplace(make_plan(file, plan_grid(file.config, world, command.ranks), threads, progress));
-      progress("");
+      grid = plan_grid(file.config, world, command.ranks);
     });
+    const Say progress = progress_line(speaks);
+    plan.emplace(make_plan(file, grid, world, threads, progress));
+    progress("");
   } catch (const Error& error) {
     if (speaks) std::cerr << "distill: " << error.what() << std::endl;
     return error.code();

@@ -12,10 +12,8 @@
 
 #include "core/distill/head_loss.h"
 #include "core/model/params.h"
-#include "io/chat_template.h"
 #include "io/checkpoint_manifest.h"
 #include "io/model_folder.h"
-#include "io/records.h"
 #include "io/tokenizer.h"
 
 namespace distill {
@@ -46,47 +44,6 @@ void check_vocabulary(const ModelSpec& spec, const std::string& folder, std::int
               ": expected at least ", vocabulary, ", the number of ids that ", folder, "/tokenizer.json can produce");
 }
 
-std::string joined(const std::vector<std::string>& words) {
-  std::string all;
-  for (const std::string& word : words) all += (all.empty() ? "" : ", ") + word;
-  return all;
-}
-
-// `key` is where `files` was configured.
-DataSet read_data(const ConfigFile& file, std::string_view key, const std::vector<std::string>& files,
-                  const std::string& template_name, const Tokenizer& tokenizer, int threads, const Say& progress) {
-  const Config& config = file.config;
-  const RecordFields fields{.question = config.question_key,
-                            .answer = config.answer_key,
-                            .prompt = config.prompt_key,
-                            .system = config.system_key};
-  const Records records = read_records(files, fields, config.student.data_args.skip_bad_records);
-  const ChatTemplate chat = ChatTemplate::load(template_name, config.student.model_args.model_name_or_path);
-  EncodeOptions options;
-  options.sequence_length = config.sequence_length;
-  options.distill_on_prompt = config.distill_on_prompt;
-  options.threads = threads;
-  options.progress = [&](std::int64_t done, std::int64_t total) {
-    progress(text("encoding ", done, " of ", total, " records"));
-  };
-  EncodedRecords encoded = encode_records(
-      records.records, [&](std::string_view t) { return tokenizer.encode(t); },
-      [&](std::span<const Message> conversation, bool prompt) { return chat.render(conversation, prompt); }, options);
-  check_input(encoded.samples.size() > 0, file.where(key), ": none of the ", records.records.size(), " records of ",
-              joined(files), " has an answer that begins within ", config.sequence_length, " tokens (sequence_length)");
-  DataSet data;
-  if (records.bad > 0) data.bad_records = records.describe_bad();
-  data.bad = records.bad;
-  data.truncated = encoded.truncated;
-  data.left_out = encoded.left_out;
-  data.samples = std::move(encoded.samples);
-  for (std::int64_t i = 0; i < data.samples.size(); ++i) {
-    data.longest = std::max(data.longest, int(data.samples[i].tokens.size()));
-    data.supervised += data.samples[i].supervised();
-  }
-  return data;
-}
-
 DataPlan data_plan(const RunPlan& plan, int dp_rank) {
   const WorkerConfig& worker = plan.config.student;
   return {.shape = {.per_device = worker.training_args.per_device_train_batch_size,
@@ -106,7 +63,8 @@ void check_can_write(const ConfigFile& file, std::string_view key, const fs::pat
   while (nearest.has_relative_path() && !fs::exists(nearest, ignored)) nearest = nearest.parent_path();
   const bool is_folder = fs::is_directory(nearest, ignored);
   check_input(is_folder && access(nearest.c_str(), W_OK | X_OK) == 0, file.where(key), ": cannot write to ",
-              folder.string(), ": ", nearest.string(), is_folder ? text(": ", std::strerror(errno)) : " is not a folder");
+              folder.string(), ": ", nearest.string(),
+              is_folder ? text(": ", std::strerror(errno)) : " is not a folder");
 }
 
 void check_run_folders(const ConfigFile& file) {
@@ -143,8 +101,9 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   if (plan.teacher) check_devices("teacher", config.teacher);
   if (config.student.model_args.disable_gradient_checkpointing &&
       config.student.strategy_args.strategy_config.recompute_granularity)
-    warn("student.strategy_args.strategy_config.recompute_granularity changes nothing: "
-         "student.model_args.disable_gradient_checkpointing is true");
+    warn(
+        "student.strategy_args.strategy_config.recompute_granularity changes nothing: "
+        "student.model_args.disable_gradient_checkpointing is true");
   const std::vector<std::string>& teacher_files = config.teacher.data_args.file_name;
   if (plan.teacher && !teacher_files.empty() && teacher_files != config.student.data_args.file_name)
     warn("teacher.data_args.file_name is ignored: both roles read the student's records");
@@ -165,41 +124,29 @@ Schedule schedule_named(const std::string& name) {
   return *std::find_if(schedules::all.begin(), schedules::all.end(), [&](const Schedule& s) { return s.name == name; });
 }
 
-}  // namespace
-
-RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const Say& progress) {
-  RunPlan plan;
-  plan.config = file.config;
-  plan.grid = grid;
-  const Config& config = plan.config;
-  const std::string &student_folder = config.student.model_args.model_name_or_path,
-                    &teacher_folder = config.teacher.model_args.model_name_or_path;
-
+// Models and vocabulary, checked.
+void read_models(RunPlan& plan, const Tokenizer& tokenizer) {
+  const std::string &student_folder = plan.config.student.model_args.model_name_or_path,
+                    &teacher_folder = plan.config.teacher.model_args.model_name_or_path;
   plan.student = read_model_spec(student_folder);
-  const Tokenizer tokenizer = Tokenizer::load(student_folder);
   plan.vocabulary = tokenizer.vocabulary_size();
   check_vocabulary(plan.student, student_folder, plan.vocabulary);
   {
     const ParamTable table = param_table(plan.student);
     plan.student_has_weights = ModelWeights::open(student_folder, table).has_value();
   }
-  if (config.needs_teacher()) {
-    plan.teacher = read_model_spec(teacher_folder);
-    check_same_tokenizer(tokenizer, student_folder, teacher_folder);
-    check_vocabulary(*plan.teacher, teacher_folder, plan.vocabulary);
-    const ParamTable table = param_table(*plan.teacher);
-    check_input(ModelWeights::open(teacher_folder, table).has_value(), teacher_folder,
-                ": no weights (model.safetensors or model.safetensors.index.json): a teacher must be a trained model");
-  }
+  if (!plan.config.needs_teacher()) return;
+  plan.teacher = read_model_spec(teacher_folder);
+  check_same_tokenizer(tokenizer, student_folder, teacher_folder);
+  check_vocabulary(*plan.teacher, teacher_folder, plan.vocabulary);
+  const ParamTable table = param_table(*plan.teacher);
+  check_input(ModelWeights::open(teacher_folder, table).has_value(), teacher_folder,
+              ": no weights (model.safetensors or model.safetensors.index.json): a teacher must be a trained model");
+}
 
-  const DataArgs& data = config.student.data_args;
-  plan.train = read_data(file, "student.data_args.file_name", data.file_name, data.template_name, tokenizer, threads,
-                         progress);
-  const ValidationDataArgs& held_out = config.validation.data_args;
-  if (!held_out.file_name.empty())
-    plan.validation = read_data(file, "validation.data_args.file_name", held_out.file_name, held_out.template_name,
-                                tokenizer, threads, progress);
-
+// Steps, schedule and chunks: what follows from models and data.
+void plan_steps(RunPlan& plan, const ConfigFile& file) {
+  const Config& config = plan.config;
   const TrainingArgs& training = config.student.training_args;
   const std::int64_t global_batch = data_plan(plan, 0).shape.global();
   check_input(plan.train.samples.size() >= global_batch, file.where("student.data_args.file_name"), ": ",
@@ -217,8 +164,33 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
   const std::int64_t chunk =
       config.logits_chunk.value.value_or(int(default_logits_chunk(columns, config.student.model_args.dtype)));
   plan.logits_chunk = std::min(chunk, std::max<std::int64_t>(1, training_data(plan, 0)->most_supervised()));
-  check_run_folders(file);
-  plan.warnings = warnings_about(plan);
+}
+
+}  // namespace
+
+RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world, int threads, const Say& progress) {
+  RunPlan plan;
+  plan.config = file.config;
+  plan.grid = grid;
+  const Config& config = plan.config;
+  std::optional<Tokenizer> tokenizer;
+  world.run_together([&] {
+    tokenizer.emplace(Tokenizer::load(config.student.model_args.model_name_or_path));
+    read_models(plan, *tokenizer);
+  });
+  const DataArgs& data = config.student.data_args;
+  plan.train = read_data_once(world, file, {"student.data_args.file_name", data.file_name, data.template_name},
+                              *tokenizer, threads, progress);
+  const ValidationDataArgs& held_out = config.validation.data_args;
+  if (!held_out.file_name.empty())
+    plan.validation =
+        read_data_once(world, file, {"validation.data_args.file_name", held_out.file_name, held_out.template_name},
+                       *tokenizer, threads, progress);
+  world.run_together([&] {
+    plan_steps(plan, file);
+    check_run_folders(file);
+    plan.warnings = warnings_about(plan);
+  });
   return plan;
 }
 
@@ -274,7 +246,7 @@ std::string describe_model(const char* role, const ModelSpec& spec, const std::s
 
 std::string describe_data(const char* what, const DataSet& data) {
   std::string out =
-      text("  ", what, ": ", data.samples.size(), " records, ", count_text(double(data.samples.tokens.size())),
+      text("  ", what, ": ", data.samples.size(), " records, ", count_text(double(data.samples.tokens().size())),
            " tokens (longest ", data.longest, "), ", count_text(double(data.supervised)), " supervised positions");
   if (data.truncated > 0) out += text("; ", data.truncated, " truncated at sequence_length");
   if (data.left_out > 0) out += text("; ", data.left_out, " left out: no answer token within sequence_length");
