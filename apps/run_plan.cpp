@@ -44,6 +44,16 @@ void check_vocabulary(const ModelSpec& spec, const std::string& folder, std::int
               ": expected at least ", vocabulary, ", the number of ids that ", folder, "/tokenizer.json can produce");
 }
 
+bool balances(const WorkerConfig& worker) {
+  return worker.sequence_packing_args.algorithm == PackingAlgorithm::load_balance;
+}
+
+// What a token costs beside attention, in pairs of tokens: 2 FLOP a parameter there, 4 a layer and column for each of
+// length² / 2 pairs here.
+SequenceWork sequence_work(const ModelSpec& spec) {
+  return {.per_token = std::int64_t(param_table(spec).count()) / (std::int64_t(spec.layers) * spec.q_cols())};
+}
+
 DataPlan data_plan(const RunPlan& plan, int dp_rank) {
   const WorkerConfig& worker = plan.config.student;
   return {.shape = {.per_device = worker.training_args.per_device_train_batch_size,
@@ -53,7 +63,9 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
           .layout = worker.use_sequence_packing ? Layout::packed : Layout::padded,
           .last = LastBatch::drop,
           .seed = std::uint64_t(plan.config.seed),
-          .shuffle = worker.data_args.shuffle};
+          .shuffle = worker.data_args.shuffle,
+          .balance = balances(worker) && worker.use_sequence_packing ? std::optional(sequence_work(plan.student))
+                                                                     : std::nullopt};
 }
 
 // Fails now where the run could not write later: the nearest folder that exists must let us make others in it.
@@ -104,6 +116,9 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
     warn(
         "student.strategy_args.strategy_config.recompute_granularity changes nothing: "
         "student.model_args.disable_gradient_checkpointing is true");
+  if (balances(config.student) && !config.student.use_sequence_packing)
+    warn(
+        "student.sequence_packing_args.algorithm: load_balance changes nothing: student.use_sequence_packing is false");
   const std::vector<std::string>& teacher_files = config.teacher.data_args.file_name;
   if (plan.teacher && !teacher_files.empty() && teacher_files != config.student.data_args.file_name)
     warn("teacher.data_args.file_name is ignored: both roles read the student's records");
@@ -272,11 +287,11 @@ std::string describe(const RunPlan& plan) {
   out += text("  vocabulary: ", plan.vocabulary, " ids\n");
   out += describe_data("training", plan.train);
   if (plan.validation) out += describe_data("validation", *plan.validation);
-  out +=
-      text("  steps: ", plan.total_steps, " of ", training.per_device_train_batch_size, " × ",
-           training.gradient_accumulation_steps, " × ", plan.grid.sizes.dp, " sequences (batch × accumulation × dp), ",
-           plan.steps_per_epoch, " an epoch; ", training.lr_scheduler_type, " schedule, peak rate ",
-           training.learning_rate, ", ", plan.warmup_steps, " warm-up steps\n");
+  out += text("  steps: ", plan.total_steps, " of ", training.per_device_train_batch_size, " × ",
+              training.gradient_accumulation_steps, " × ", plan.grid.sizes.dp, " sequences (batch × accumulation × dp",
+              data_plan(plan, 0).balance ? ", dealt to ranks by work" : "", "), ", plan.steps_per_epoch, " an epoch; ",
+              training.lr_scheduler_type, " schedule, peak rate ", training.learning_rate, ", ", plan.warmup_steps,
+              " warm-up steps\n");
   if (plan.teacher) {
     const double slot = double(plan.logits_chunk) * double(head_columns(plan.vocabulary, plan.teacher->vocabulary)) *
                         double(size_of(config.teacher.model_args.dtype));

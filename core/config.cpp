@@ -103,10 +103,6 @@ constexpr auto lacking = std::to_array<Lacking>({
      [](const StrategyConfig& s, const WorkerConfig&) { return s.sequence_parallel; }},
     {"strategy_args.strategy_config.recompute_granularity", "selective is not yet supported: expected full",
      [](const StrategyConfig& s, const WorkerConfig&) { return s.recompute_granularity == Recompute::selective; }},
-    {"sequence_packing_args.algorithm", "load_balance is not yet supported: expected none",
-     [](const StrategyConfig&, const WorkerConfig& w) {
-       return w.sequence_packing_args.algorithm == PackingAlgorithm::load_balance;
-     }},
 });
 
 }  // namespace

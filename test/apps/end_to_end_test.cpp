@@ -192,6 +192,22 @@ TEST_CASE("data parallel without a teacher: two ranks with half the batch each e
   for (std::size_t i = 0; i < a.size(); ++i) CHECK(std::stod(a[i]) == Approx(std::stod(b[i])).epsilon(1e-5));
 }
 
+TEST_CASE("sequences spread by work over ranks and micro-batches give the same losses", "[e2e]") {
+  const Workshop shop;
+  const std::vector<std::string> plain{"distill_loss_weight=0", "student.training_args.per_device_train_batch_size=3"};
+  auto balanced = plain;
+  balanced.push_back("student.sequence_packing_args.algorithm=load_balance");
+  const auto cut = shop.train("cut", plain, 2), dealt = shop.train("dealt", balanced, 2);
+  INFO(cut.output << dealt.output);
+  REQUIRE(cut.code == 0);
+  REQUIRE(dealt.code == 0);
+  CHECK_THAT(dealt.output, Catch::Contains("dealt to ranks by work"));
+  const auto a = shop.losses("cut"), b = shop.losses("dealt");
+  REQUIRE(a.size() == 6);
+  REQUIRE(b.size() == 6);
+  for (std::size_t i = 0; i < a.size(); ++i) CHECK(std::stod(a[i]) == Approx(std::stod(b[i])).epsilon(1e-5));
+}
+
 TEST_CASE("a killed run resumes bit for bit", "[e2e]") {
   const int ranks = GENERATE(0, 2);
   const Workshop shop;
@@ -259,7 +275,8 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"));
   refused({"student.training_args.per_device_train_batch_size=40"}, "expected at least 80");
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"));
-  refused({"validation.data_args.file_name=" + shop.path("long.jsonl")}, "none of the 1 records of " + shop.path("long.jsonl"));
+  refused({"validation.data_args.file_name=" + shop.path("long.jsonl")},
+          "none of the 1 records of " + shop.path("long.jsonl"));
   refused({"output_dir=" + shop.path("train.jsonl")},
           "cannot write to " + shop.path("train.jsonl/wrong") + ": " + shop.path("train.jsonl") + " is not a folder");
   refused({"exp_name=../elsewhere"}, "expected a name that stays within output_dir");
@@ -295,6 +312,8 @@ TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {
   CHECK_THAT(check({"student.model_args.disable_gradient_checkpointing=true",
                     "student.strategy_args.strategy_config.recompute_granularity=full"}),
              Catch::Contains("recompute_granularity changes nothing"));
+  CHECK_THAT(check({"student.use_sequence_packing=false", "student.sequence_packing_args.algorithm=load_balance"}),
+             Catch::Contains("load_balance changes nothing: student.use_sequence_packing is false"));
   CHECK_THAT(check({"--ranks", "2", "logits_chunk=100000", "logits_ring_slots=1000000"}),
              Catch::Contains("lower logits_chunk or logits_ring_slots"));
   // A context shorter than the longest record.
