@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <memory>
 #include <span>
 #include <thread>
@@ -11,12 +10,18 @@
 
 #include "io/chat_template.h"
 #include "io/encode.h"
+#include "io/encoded_file.h"
+#include "io/mapped_file.h"
 #include "io/records.h"
 #include "parallel/parallel.h"
 
 namespace distill {
 
 namespace {
+
+namespace fs = std::filesystem;
+
+fs::path encoded_folder(const Config& config) { return fs::path(config.output_dir) / "encoded"; }
 
 std::string joined(const std::vector<std::string>& words) {
   std::string all;
@@ -56,32 +61,38 @@ std::string as_text(std::span<const std::byte> bytes) {
   return {letters.begin(), letters.end()};
 }
 
-// A data set as the parts of node memory: counts, words, the three arrays.
+// A data set as the parts of node memory: counts, texts, the three arrays.
 static_assert(std::is_trivially_copyable_v<DataCounts>);
+
+std::span<const std::byte> bytes_of(const std::string& words) {
+  return std::as_bytes(std::span(words.data(), words.size()));
+}
 
 NodeData to_parts(DataSet data) {
   const auto kept = std::make_shared<const DataSet>(std::move(data));
   const DataCounts& counts = *kept;
-  return {{std::as_bytes(std::span(&counts, 1)),
-           std::as_bytes(std::span(kept->bad_records.data(), kept->bad_records.size())),
-           std::as_bytes(kept->samples.tokens()), std::as_bytes(kept->samples.offsets()),
+  return {{std::as_bytes(std::span(&counts, 1)), bytes_of(kept->bad_records), bytes_of(kept->file),
+           bytes_of(kept->warning), std::as_bytes(kept->samples.tokens()), std::as_bytes(kept->samples.offsets()),
            std::as_bytes(kept->samples.prompt_lengths())},
           kept};
 }
 
 DataSet from_parts(const NodeData& shared) {
-  DataSet data;
-  static_cast<DataCounts&>(data) = as<DataCounts>(shared.parts[0])[0];
-  data.bad_records = as_text(shared.parts[1]);
-  data.samples = Samples(as<std::int32_t>(shared.parts[2]), as<std::int64_t>(shared.parts[3]),
-                         as<std::int32_t>(shared.parts[4]), shared.owner);
-  return data;
+  const auto& parts = shared.parts;
+  return {as<DataCounts>(parts[0])[0],
+          Samples(as<std::int32_t>(parts[4]), as<std::int64_t>(parts[5]), as<std::int32_t>(parts[6]), shared.owner),
+          as_text(parts[1]), as_text(parts[2]), as_text(parts[3])};
 }
 
-}  // namespace
+void count_positions(DataSet& data) {
+  for (std::int64_t i = 0; i < data.samples.size(); ++i) {
+    data.longest = std::max(data.longest, int(data.samples[i].tokens.size()));
+    data.supervised += data.samples[i].supervised();
+  }
+}
 
-DataSet read_data(const ConfigFile& file, const DataFiles& source, const Tokenizer& tokenizer, int threads,
-                  const Say& progress) {
+DataSet encode_data(const ConfigFile& file, const DataFiles& source, const Tokenizer& tokenizer, int threads,
+                    const Say& progress) {
   const Config& config = file.config;
   const RecordFields fields{.question = config.question_key,
                             .answer = config.answer_key,
@@ -108,20 +119,69 @@ DataSet read_data(const ConfigFile& file, const DataFiles& source, const Tokeniz
   data.truncated = encoded.truncated;
   data.left_out = encoded.left_out;
   data.samples = std::move(encoded.samples);
-  for (std::int64_t i = 0; i < data.samples.size(); ++i) {
-    data.longest = std::max(data.longest, int(data.samples[i].tokens.size()));
-    data.supervised += data.samples[i].supervised();
-  }
+  count_positions(data);
   return data;
+}
+
+// What `distill encode` wrote at this path.
+DataSet read_file(const std::string& path, std::int64_t vocabulary) {
+  EncodedData encoded = read_encoded(path, vocabulary);
+  DataSet data;
+  if (encoded.bad > 0) data.bad_records = text(path, ": ", encoded.bad, " bad records were left out when it was made");
+  data.bad = encoded.bad;
+  data.truncated = encoded.truncated;
+  data.left_out = encoded.left_out;
+  data.samples = std::move(encoded.samples);
+  data.file = path;
+  count_positions(data);
+  return data;
+}
+
+}  // namespace
+
+fs::path encoded_path(const ConfigFile& file, const DataFiles& source) {
+  const Config& c = file.config;
+  const std::string& model = c.student.model_args.model_name_or_path;
+  // Models with the same tokenizer share encoded files, so it is not its path that counts.
+  const std::vector<std::string> words = {std::string(MappedFile(fs::path(model) / "tokenizer.json").bytes()),
+                                          ChatTemplate::load(source.template_name, model).identity(),
+                                          c.question_key,
+                                          c.answer_key,
+                                          c.prompt_key,
+                                          c.system_key,
+                                          text(c.sequence_length),
+                                          text(c.distill_on_prompt),
+                                          text(c.student.data_args.skip_bad_records)};
+  return encoded_folder(c) / (encoding_key(words, source.files) + ".h5");
+}
+
+DataSet read_data(const ConfigFile& file, const DataFiles& source, const Tokenizer& tokenizer, int threads,
+                  const Say& progress) {
+  std::string warning;
+  // The key takes a pass over the files: not where nothing was ever encoded.
+  if (std::error_code none; fs::is_directory(encoded_folder(file.config), none)) {
+    const fs::path path = encoded_path(file, source);
+    try {
+      if (fs::exists(path)) return read_file(path, tokenizer.vocabulary_size());
+    } catch (const Error& error) {
+      warning = text(error.what(), "; the records are encoded again");
+    }
+  }
+  DataSet data = encode_data(file, source, tokenizer, threads, progress);
+  data.warning = warning;
+  return data;
+}
+
+void work_for_all(Communicator& world, int threads, const std::function<void(int threads)>& work) {
+  const WaitForWork patience(world);
+  world.run_together([&] { work(threads_of_node(world, threads)); });
 }
 
 DataSet read_data_once(Communicator& world, const ConfigFile& file, const DataFiles& source, const Tokenizer& tokenizer,
                        int threads, const Say& progress) {
   DataSet data;
-  const WaitForWork patience(world);
-  world.run_together([&] {
-    if (world.rank() == ranks_of_node(world).front())
-      data = read_data(file, source, tokenizer, threads_of_node(world, threads), progress);
+  work_for_all(world, threads, [&](int all_threads) {
+    if (world.rank() == ranks_of_node(world).front()) data = read_data(file, source, tokenizer, all_threads, progress);
   });
   return from_parts(share_in_node(world, to_parts(std::move(data)), text("the encoded data of ", source.key)));
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "apps/command_line.h"
+#include "apps/encode_command.h"
 #include "apps/job.h"
 #include "apps/models.h"
 #include "apps/run_plan.h"
@@ -54,9 +55,13 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments) {
       if (speaks)
         for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
       if (command.command == Command::train) check_no_old_checkpoints(file.config);
-      grid = plan_grid(file.config, world, command.ranks);
+      if (command.command != Command::encode) grid = plan_grid(file.config, world, command.ranks);
     });
     const Say progress = progress_line(speaks);
+    if (command.command == Command::encode) {
+      encode_and_keep(world, file, threads, say, progress);
+      return ExitCode::ok;
+    }
     plan.emplace(make_plan(file, grid, world, threads, progress));
     progress("");
   } catch (const Error& error) {

@@ -93,7 +93,10 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   std::vector<std::string> warnings;
   const auto warn = [&](const auto&... parts) { warnings.push_back(text(parts...)); };
   for (const DataSet* data : {&plan.train, plan.validation ? &*plan.validation : nullptr})
-    if (data && data->bad > 0) warn(data->bad_records);
+    if (data) {
+      if (data->bad > 0) warn(data->bad_records);
+      if (!data->warning.empty()) warn(data->warning);
+    }
   const int longest = std::max(plan.train.longest, plan.validation ? plan.validation->longest : 0);
   const auto check_length = [&](const char* role, const ModelSpec& spec) {
     if (longest > spec.max_positions)
@@ -266,6 +269,7 @@ std::string describe_data(const char* what, const DataSet& data) {
   if (data.truncated > 0) out += text("; ", data.truncated, " truncated at sequence_length");
   if (data.left_out > 0) out += text("; ", data.left_out, " left out: no answer token within sequence_length");
   if (data.bad > 0) out += text("; ", data.bad, " bad records left out");
+  if (!data.file.empty()) out += text("; from ", data.file);
   return out + "\n";
 }
 

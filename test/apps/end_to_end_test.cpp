@@ -208,6 +208,55 @@ TEST_CASE("sequences spread by work over ranks and micro-batches give the same l
   for (std::size_t i = 0; i < a.size(); ++i) CHECK(std::stod(a[i]) == Approx(std::stod(b[i])).epsilon(1e-5));
 }
 
+TEST_CASE("records encoded beforehand give the same run, and damage is said and mended", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto run = [&](const std::string& command, std::vector<std::string> overrides = {}, int ranks = 0) {
+    std::vector<std::string> arguments{command, "--config", shop.path("run.yaml")};
+    arguments.insert(arguments.end(), overrides.begin(), overrides.end());
+    const auto result = Process(shop.command(arguments, ranks)).wait();
+    INFO(result.output);
+    CHECK(result.code == 0);
+    return result.output;
+  };
+  const auto files = [&] {
+    std::vector<fs::path> found;
+    for (const auto& entry : fs::directory_iterator(shop.path("encoded"))) found.push_back(entry.path());
+    return found;
+  };
+  CHECK_THAT(run("check"), !Catch::Contains("from " + shop.path("")));
+  CHECK_FALSE(fs::exists(shop.path("encoded")));
+  REQUIRE(shop.train("before").code == 0);
+
+  const std::string first = run("encode", {}, 2);
+  CHECK(occurrences(first, "training: " + shop.path("encoded/")) == 1);
+  CHECK_THAT(first, Catch::Contains("60 records") && Catch::Contains("10 records") && Catch::Contains(" tokens, "));
+  REQUIRE(files().size() == 2);
+  CHECK(occurrences(run("encode"), "is there already") == 2);
+  CHECK(occurrences(run("check"), "; from " + shop.path("encoded/")) == 2);
+  // Another setting is another file.
+  CHECK(occurrences(run("check", {"sequence_length=60"}), "; from ") == 0);
+  CHECK(occurrences(run("check", {"question_key=answer"}), "; from ") == 0);
+
+  const auto after = shop.train("after", {}, 2);
+  INFO(after.output);
+  REQUIRE(after.code == 0);
+  CHECK(occurrences(after.output, "; from ") == 2);
+  CHECK(shop.losses("after") == shop.losses("before"));
+  CHECK(shop.weights("after") == shop.weights("before"));
+
+  for (const fs::path& file : files()) {
+    std::string bytes = contents(file);
+    bytes[bytes.size() / 2] = char(bytes[bytes.size() / 2] ^ 1);
+    std::ofstream(file, std::ios::binary) << bytes;
+  }
+  const std::string damaged = run("check");
+  CHECK(occurrences(damaged, "the records are encoded again") == 2);
+  CHECK(occurrences(damaged, "; from ") == 0);
+  CHECK(occurrences(run("encode"), "the records are encoded again") == 2);
+  CHECK(occurrences(run("check"), "; from ") == 2);
+}
+
 TEST_CASE("a killed run resumes bit for bit", "[e2e]") {
   const int ranks = GENERATE(0, 2);
   const Workshop shop;
