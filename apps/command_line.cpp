@@ -23,6 +23,7 @@ Examples:
   distill --config-path configs --config-name run              the same as --config configs/run.yaml
   distill --config run.yaml resume_from_checkpoint=true        continue after an interruption
   distill check --config run.yaml --ranks 16                   validate and show the plan, without training
+  distill encode --config run.yaml                             encode the records once, for all runs that follow
 
 Exit codes:
   0   finished
@@ -54,6 +55,9 @@ const std::vector<CommandRow>& commands() {
              ->check(CLI::Range(1, 1 << 20).description(""))
              ->type_name("N");
        }},
+      {Command::encode, "encode",
+       "Encode the records and keep them in <output_dir>/encoded, where later runs with the same data find them",
+       [](CLI::App&, CommandLine&) {}},
   };
   return rows;
 }

@@ -12,6 +12,7 @@ namespace distill {
 enum class Command {
   train,
   check,
+  encode,
   print  // --help, --help-config, --version: show CommandLine::output and leave with 0
 };
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "apps/command_line.h"
+#include "apps/encode_command.h"
 #include "apps/job.h"
 #include "apps/models.h"
 #include "apps/run_plan.h"
@@ -55,21 +56,28 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     return ExitCode::ok;
   }
   threads = compute_threads(world);
+  ConfigFile file;
+  Grid grid;
   world.run_together([&] {
-    const ConfigFile file = read_config(command.config, command.overrides, Capabilities{});
+    file = read_config(command.config, command.overrides, Capabilities{});
     world.set_patience(patience_of(file.config));
     if (speaks)
       for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
-    const Grid grid = plan_grid(file.config, world, command.ranks);
+    if (command.command == Command::encode) return;
+    grid = plan_grid(file.config, world, command.ranks);
     // A check for other ranks than these does not know their threads. Training says what differs when it resumes.
     const auto differences =
         check_checkpoints(file, checkpoint_run(file.config, grid, command.ranks > 0 ? 0 : threads));
     if (speaks && command.command == Command::check)
       for (const std::string& difference : differences) std::cerr << "warning: " << difference << std::endl;
-    const Say progress = progress_line(speaks);
-    plan.emplace(make_plan(file, grid, threads, progress));
-    progress("");
   });
+  const Say progress = progress_line(speaks);
+  if (command.command == Command::encode) {
+    encode_and_keep(world, file, threads, say, progress);
+    return ExitCode::ok;
+  }
+  plan.emplace(make_plan(file, grid, world, threads, progress));
+  progress("");
   if (speaks)
     for (const std::string& warning : plan->warnings) std::cerr << "warning: " << warning << std::endl;
   say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));

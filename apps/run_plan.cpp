@@ -12,9 +12,7 @@
 
 #include "core/distill/head_loss.h"
 #include "core/model/params.h"
-#include "io/chat_template.h"
 #include "io/model_folder.h"
-#include "io/records.h"
 #include "io/tokenizer.h"
 
 namespace distill {
@@ -45,10 +43,8 @@ void check_vocabulary(const ModelSpec& spec, const std::string& folder, std::int
               ": expected at least ", vocabulary, ", the number of ids that ", folder, "/tokenizer.json can produce");
 }
 
-std::string joined(const std::vector<std::string>& words) {
-  std::string all;
-  for (const std::string& word : words) all += (all.empty() ? "" : ", ") + word;
-  return all;
+bool balances(const WorkerConfig& worker) {
+  return worker.sequence_packing_args.algorithm == PackingAlgorithm::load_balance;
 }
 
 // The key that chose a role's model folder.
@@ -57,49 +53,10 @@ std::string model_key(const ConfigFile& file, std::string_view role) {
   return file.written.contains(of_role) ? of_role : text(role, "_pretrain");
 }
 
-// The key that chose the template of records; that of validation is by default the student's.
-std::string template_key(const ConfigFile& file, std::string_view data_key) {
-  const std::string own = text(data_key.substr(0, data_key.rfind('.')), ".template");
-  return file.written.contains(own) ? own : "student.data_args.template";
-}
-
-// `key` is where `files` was configured.
-DataSet read_data(const ConfigFile& file, std::string_view key, const std::vector<std::string>& files,
-                  const std::string& template_name, const Tokenizer& tokenizer, int threads, const Say& progress) {
-  const Config& config = file.config;
-  const RecordFields fields{.question = config.question_key,
-                            .answer = config.answer_key,
-                            .prompt = config.prompt_key,
-                            .system = config.system_key};
-  Records records;
-  file.reading(key, [&] { records = read_records(files, fields, config.student.data_args.skip_bad_records); });
-  std::optional<ChatTemplate> chat;
-  file.reading(template_key(file, key),
-               [&] { chat.emplace(ChatTemplate::load(template_name, config.student.model_args.model_name_or_path)); });
-  EncodeOptions options;
-  options.sequence_length = config.sequence_length;
-  options.distill_on_prompt = config.distill_on_prompt;
-  options.threads = threads;
-  options.progress = [&](std::int64_t done, std::int64_t total) {
-    progress(text("encoding ", done, " of ", total, " records"));
-  };
-  EncodedRecords encoded = encode_records(
-      records.records, [&](std::string_view t) { return tokenizer.encode(t); },
-      [&](std::span<const Message> conversation, bool prompt) { return chat->render(conversation, prompt); }, options);
-  check_input(encoded.samples.size() > 0, file.where(key), ": ", key, ": none of the ", records.records.size(),
-              " records of ", joined(files), " has an answer that begins within ", config.sequence_length,
-              " tokens (sequence_length)");
-  DataSet data;
-  if (records.bad > 0) data.bad_records = records.describe_bad();
-  data.bad = records.bad;
-  data.truncated = encoded.truncated;
-  data.left_out = encoded.left_out;
-  data.samples = std::move(encoded.samples);
-  for (std::int64_t i = 0; i < data.samples.size(); ++i) {
-    data.longest = std::max(data.longest, int(data.samples[i].tokens.size()));
-    data.supervised += data.samples[i].supervised();
-  }
-  return data;
+// What a token costs beside attention, in pairs of tokens: 2 FLOP a parameter there, 4 a layer and column for each of
+// length² / 2 pairs here.
+SequenceWork sequence_work(const ModelSpec& spec) {
+  return {.per_token = std::int64_t(param_table(spec).count()) / (std::int64_t(spec.layers) * spec.q_cols())};
 }
 
 DataPlan data_plan(const RunPlan& plan, int dp_rank) {
@@ -112,7 +69,9 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
           .row_multiple = plan.cuts_tokens ? plan.grid.sizes.tp : 1,
           .last = LastBatch::drop,
           .seed = std::uint64_t(plan.config.seed),
-          .shuffle = worker.data_args.shuffle};
+          .shuffle = worker.data_args.shuffle,
+          .balance = balances(worker) && worker.use_sequence_packing ? std::optional(sequence_work(plan.student))
+                                                                     : std::nullopt};
 }
 
 VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank) {
@@ -180,7 +139,10 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   std::vector<std::string> warnings;
   const auto warn = [&](const auto&... parts) { warnings.push_back(text(parts...)); };
   for (const DataSet* data : {&plan.train, plan.validation ? &*plan.validation : nullptr})
-    if (data && data->bad > 0) warn(data->bad_records);
+    if (data) {
+      if (data->bad > 0) warn(data->bad_records);
+      if (!data->warning.empty()) warn(data->warning);
+    }
   const int longest = std::max(plan.train.longest, plan.validation ? plan.validation->longest : 0);
   const auto check_length = [&](const char* role, const ModelSpec& spec) {
     if (longest > spec.max_positions)
@@ -203,6 +165,9 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
     warn(
         "student.strategy_args.strategy_config.recompute_granularity changes nothing: "
         "student.model_args.disable_gradient_checkpointing is true");
+  if (balances(config.student) && !config.student.use_sequence_packing)
+    warn(
+        "student.sequence_packing_args.algorithm: load_balance changes nothing: student.use_sequence_packing is false");
   const std::vector<std::string>& teacher_files = config.teacher.data_args.file_name;
   if (plan.teacher && !teacher_files.empty() && teacher_files != config.student.data_args.file_name)
     warn("teacher.data_args.file_name is ignored: both roles read the student's records");
@@ -224,17 +189,11 @@ Schedule schedule_named(const std::string& name) {
   return *std::find_if(schedules::all.begin(), schedules::all.end(), [&](const Schedule& s) { return s.name == name; });
 }
 
-}  // namespace
-
-RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const Say& progress) {
-  RunPlan plan;
-  plan.config = file.config;
-  plan.grid = grid;
+// Models and vocabulary, checked.
+void read_models(RunPlan& plan, const ConfigFile& file, std::optional<Tokenizer>& tokenizer) {
   const Config& config = plan.config;
   const std::string &student_folder = config.student.model_args.model_name_or_path,
                     &teacher_folder = config.teacher.model_args.model_name_or_path;
-
-  std::optional<Tokenizer> tokenizer;
   file.reading(model_key(file, "student"), [&] {
     plan.student = read_model_spec(student_folder);
     tokenizer.emplace(Tokenizer::load(student_folder));
@@ -253,18 +212,11 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
                   ": no weights (model.safetensors or model.safetensors.index.json): a teacher must be a trained "
                   "model");
     });
+}
 
-  check_grid_fits(file, plan);
-  plan.cuts_tokens = config.student.strategy_args.strategy_config.sequence_parallel && plan.grid.sizes.tp > 1;
-
-  const DataArgs& data = config.student.data_args;
-  plan.train =
-      read_data(file, "student.data_args.file_name", data.file_name, data.template_name, *tokenizer, threads, progress);
-  const ValidationDataArgs& held_out = config.validation.data_args;
-  if (!held_out.file_name.empty())
-    plan.validation = read_data(file, "validation.data_args.file_name", held_out.file_name, held_out.template_name,
-                                *tokenizer, threads, progress);
-
+// Steps, schedule and chunks: what follows from models and data.
+void plan_steps(RunPlan& plan, const ConfigFile& file) {
+  const Config& config = plan.config;
   const TrainingArgs& training = config.student.training_args;
   const std::int64_t global_batch = data_plan(plan, 0).shape.global();
   check_input(plan.train.samples.size() >= global_batch, file.where("student.data_args.file_name"),
@@ -282,8 +234,34 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const S
   const std::int64_t chunk =
       config.logits_chunk.value.value_or(int(default_logits_chunk(columns, config.student.model_args.dtype)));
   plan.logits_chunk = std::min(chunk, std::max<std::int64_t>(1, training_data(plan, 0)->most_supervised()));
-  check_run_folders(file);
-  plan.warnings = warnings_about(plan);
+}
+
+}  // namespace
+
+RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world, int threads, const Say& progress) {
+  RunPlan plan;
+  plan.config = file.config;
+  plan.grid = grid;
+  const Config& config = plan.config;
+  std::optional<Tokenizer> tokenizer;
+  world.run_together([&] {
+    read_models(plan, file, tokenizer);
+    check_grid_fits(file, plan);
+    plan.cuts_tokens = config.student.strategy_args.strategy_config.sequence_parallel && plan.grid.sizes.tp > 1;
+  });
+  const DataArgs& data = config.student.data_args;
+  plan.train = read_data_once(world, file, {"student.data_args.file_name", data.file_name, data.template_name},
+                              *tokenizer, threads, progress);
+  const ValidationDataArgs& held_out = config.validation.data_args;
+  if (!held_out.file_name.empty())
+    plan.validation =
+        read_data_once(world, file, {"validation.data_args.file_name", held_out.file_name, held_out.template_name},
+                       *tokenizer, threads, progress);
+  world.run_together([&] {
+    plan_steps(plan, file);
+    check_run_folders(file);
+    plan.warnings = warnings_about(plan);
+  });
   return plan;
 }
 
@@ -371,11 +349,12 @@ std::string describe_model(const char* role, const ModelSpec& spec, const std::s
 
 std::string describe_data(const char* what, const DataSet& data) {
   std::string out =
-      text("  ", what, ": ", data.samples.size(), " records, ", count_text(double(data.samples.tokens.size())),
+      text("  ", what, ": ", data.samples.size(), " records, ", count_text(double(data.samples.tokens().size())),
            " tokens (longest ", data.longest, "), ", count_text(double(data.supervised)), " supervised positions");
   if (data.truncated > 0) out += text("; ", data.truncated, " truncated at sequence_length");
   if (data.left_out > 0) out += text("; ", data.left_out, " left out: no answer token within sequence_length");
   if (data.bad > 0) out += text("; ", data.bad, " bad records left out");
+  if (!data.file.empty()) out += text("; from ", data.file);
   return out + "\n";
 }
 
@@ -397,11 +376,11 @@ std::string describe(const RunPlan& plan) {
   out += text("  vocabulary: ", plan.vocabulary, " ids\n");
   out += describe_data("training", plan.train);
   if (plan.validation) out += describe_data("validation", *plan.validation);
-  out +=
-      text("  steps: ", plan.total_steps, " of ", training.per_device_train_batch_size, " × ",
-           training.gradient_accumulation_steps, " × ", plan.grid.sizes.dp, " sequences (batch × accumulation × dp), ",
-           plan.steps_per_epoch, " an epoch; ", training.lr_scheduler_type, " schedule, peak rate ",
-           training.learning_rate, ", ", plan.warmup_steps, " warm-up steps\n");
+  out += text("  steps: ", plan.total_steps, " of ", training.per_device_train_batch_size, " × ",
+              training.gradient_accumulation_steps, " × ", plan.grid.sizes.dp, " sequences (batch × accumulation × dp",
+              data_plan(plan, 0).balance ? ", dealt to ranks by work" : "", "), ", plan.steps_per_epoch, " an epoch; ",
+              training.lr_scheduler_type, " schedule, peak rate ", training.learning_rate, ", ", plan.warmup_steps,
+              " warm-up steps\n");
   if (plan.teacher) {
     const double slot = double(plan.logits_chunk) * double(head_part(plan, *plan.teacher, 0).columns) *
                         double(size_of(config.teacher.model_args.dtype));

@@ -2,30 +2,21 @@
 // check` prints and what a run starts from.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "apps/data_set.h"
 #include "core/model/spec.h"
 #include "core/optim/schedule.h"
 #include "core/train/data_source.h"
 #include "io/checkpoint_manifest.h"
 #include "io/config_file.h"
-#include "io/encode.h"
 #include "parallel/grid.h"
 #include "parallel/parallel.h"
 
 namespace distill {
-
-struct DataSet {
-  Samples samples;
-  std::int64_t bad = 0, truncated = 0, left_out = 0;  // records
-  std::string bad_records;                            // what is wrong with the first of them
-  int longest = 0;                                    // tokens
-  std::int64_t supervised = 0;                        // positions, all samples
-};
 
 struct RunPlan {
   Config config;
@@ -43,10 +34,9 @@ struct RunPlan {
   std::vector<std::string> warnings;  // one line each
 };
 
-using Say = std::function<void(const std::string&)>;  // a line for the user
-
-// Reads models, tokenizers and data of a configuration. `threads` encode; `progress` shows how far that is.
-RunPlan make_plan(const ConfigFile& file, const Grid& grid, int threads, const Say& progress);
+// Reads models, tokenizers and data of a configuration; all ranks of world call it. `threads` of each rank may encode;
+// `progress` shows how far that is. What is wrong is a CommonError.
+RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world, int threads, const Say& progress);
 
 // What one data-parallel rank trains and validates on.
 std::unique_ptr<DataSource> training_data(const RunPlan& plan, int dp_rank);

@@ -85,10 +85,6 @@ constexpr auto lacking = std::to_array<Lacking>({
      [](const StrategyConfig& s, const WorkerConfig&) { return s.virtual_pipeline_model_parallel_size > 1; }},
     {"strategy_args.strategy_config.context_parallel_size", "more than 1 is not yet supported: expected 1",
      [](const StrategyConfig& s, const WorkerConfig&) { return s.context_parallel_size > 1; }},
-    {"sequence_packing_args.algorithm", "load_balance is not yet supported: expected none",
-     [](const StrategyConfig&, const WorkerConfig& w) {
-       return w.sequence_packing_args.algorithm == PackingAlgorithm::load_balance;
-     }},
 });
 
 }  // namespace

@@ -232,7 +232,7 @@ struct SequencePackingArgs {
 
   template <class Self, class V>
   static void visit(Self& s, V& v) {
-    v("algorithm", s.algorithm, anything, "how sequences are spread over micro-batches");
+    v("algorithm", s.algorithm, anything, "load_balance: the sequences of a step are spread so that data-parallel ranks have the same work");
   }
 };
 

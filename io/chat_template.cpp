@@ -220,6 +220,8 @@ ChatTemplate ChatTemplate::load(const std::string& name, const std::string& fold
   return recognise(jinja, where);
 }
 
+std::string ChatTemplate::identity() const { return text("family ", int(family_), ", system: ", default_system_); }
+
 std::string ChatTemplate::render(std::span<const Message> conversation, bool add_generation_prompt) const {
   switch (family_) {
     case Family::chatml:

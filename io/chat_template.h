@@ -19,6 +19,8 @@ class ChatTemplate {
   // The family whose Jinja template this text is; `where` is what messages call it.
   static ChatTemplate recognise(std::string_view jinja, const std::string& where);
 
+  // Equal where two templates render every conversation alike.
+  std::string identity() const;
   // `add_generation_prompt`: ends with the start of the assistant's turn.
   std::string render(std::span<const Message> conversation, bool add_generation_prompt) const;
 

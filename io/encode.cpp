@@ -17,17 +17,35 @@ namespace {
 
 constexpr std::int64_t chunk_records = 256;
 
-// Of one record, or of a chunk of them: appended in order, the result is that of one thread.
-void append(EncodedRecords& to, const EncodedRecords& from) {
-  for (std::int64_t i = 0; i < from.samples.size(); ++i) {
-    const SampleView sample = from.samples[i];
-    to.samples.add(sample.tokens, sample.prompt_length);
+// What becomes of some records that follow each other.
+struct Chunk {
+  SampleBuilder samples;
+  std::int64_t truncated = 0, left_out = 0;
+};
+
+// In their order the result is that of one thread. A chunk is let go as soon as it is copied.
+EncodedRecords join(std::vector<Chunk> chunks) {
+  std::vector<Samples> parts;
+  EncodedRecords all;
+  std::size_t samples = 0, tokens = 0;
+  for (Chunk& chunk : chunks) {
+    all.truncated += chunk.truncated;
+    all.left_out += chunk.left_out;
+    parts.push_back(std::move(chunk.samples).finish());
+    samples += std::size_t(parts.back().size());
+    tokens += parts.back().tokens().size();
   }
-  to.truncated += from.truncated;
-  to.left_out += from.left_out;
+  SampleBuilder whole;
+  whole.reserve(samples, tokens);
+  for (Samples& part : parts) {
+    for (std::int64_t i = 0; i < part.size(); ++i) whole.add(part[i].tokens, part[i].prompt_length);
+    part = {};
+  }
+  all.samples = std::move(whole).finish();
+  return all;
 }
 
-void encode_record(EncodedRecords& out, const Record& record, const EncodeText& encode, const RenderChat& render,
+void encode_record(Chunk& out, const Record& record, const EncodeText& encode, const RenderChat& render,
                    const EncodeOptions& options) {
   const std::string user = record.prompt.empty() ? record.question : record.prompt + "\n" + record.question;
   std::vector<Message> conversation;
@@ -73,9 +91,7 @@ class Encoding {
     pool.clear();  // joins
     if (error_) std::rethrow_exception(error_);
 
-    EncodedRecords all;
-    for (EncodedRecords& chunk : chunks_) append(all, std::exchange(chunk, {}));
-    return all;
+    return join(std::move(chunks_));
   }
 
  private:
@@ -109,7 +125,7 @@ class Encoding {
   const RenderChat& render_;
   const EncodeOptions& options_;
   const std::int64_t total_;
-  std::vector<EncodedRecords> chunks_;
+  std::vector<Chunk> chunks_;
   std::atomic<std::size_t> next_chunk_{0};
   std::atomic<std::int64_t> done_{0};
   std::mutex mutex_;

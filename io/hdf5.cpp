@@ -44,13 +44,15 @@ hid_t stored_type(DType type) {
     case DType::bf16:
     case DType::f16:
       return H5T_STD_U16LE;
+    case DType::i32:
+      return H5T_STD_I32LE;
     default:
       fail("HDF5: ", name_of(type), " is not stored");
   }
 }
 
 std::optional<DType> type_by_name(std::string_view name) {
-  for (const DType type : {DType::f32, DType::f64, DType::bf16, DType::f16})
+  for (const DType type : {DType::f32, DType::f64, DType::bf16, DType::f16, DType::i32})
     if (name == name_of(type)) return type;
   return std::nullopt;
 }
@@ -107,9 +109,11 @@ std::optional<std::pair<std::int64_t, std::int64_t>> get_pair(hid_t object, cons
 
 }  // namespace
 
-Hdf5Writer::Hdf5Writer(const std::string& path) : path_(path) {
+Hdf5Writer::Hdf5Writer(const std::string& path, std::uint64_t user_block) : path_(path) {
   const auto turn = take_turn();
-  file_ = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+  const Id form(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
+  H5Pset_userblock(form, user_block);
+  file_ = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, form, H5P_DEFAULT);
   must(file_ >= 0, path, "create");
 }
 
@@ -148,6 +152,13 @@ FileRange Hdf5Writer::write(const StoredMatrix& matrix, const Fill& fill) {
   });
   const auto size = std::uint64_t(matrix.rows * matrix.cols) * size_of(matrix.dtype);
   return {size == 0 ? 0 : std::uint64_t(H5Dget_offset(dataset)), size};
+}
+
+void Hdf5Writer::put_number(const char* name, std::int64_t value) {
+  const auto turn = take_turn();
+  const Id space(H5Screate(H5S_SCALAR), H5Sclose);
+  const Id attribute(H5Acreate2(file_, name, H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+  must(H5Awrite(attribute, H5T_NATIVE_INT64, &value) >= 0, path_, text("write ", name));
 }
 
 void Hdf5Writer::close() {
@@ -191,6 +202,16 @@ StoredMatrix Hdf5Reader::describe(const std::string& name) const {
           .whole_cols = whole->second,
           .first_row = first->first,
           .first_col = first->second};
+}
+
+std::int64_t Hdf5Reader::number(const char* name) const {
+  const auto turn = take_turn();
+  const Id attribute(H5Aopen(file_, name, H5P_DEFAULT), H5Aclose), space(H5Aget_space(attribute), H5Sclose);
+  std::int64_t value = 0;
+  must_read(
+      attribute >= 0 && H5Sget_simple_extent_npoints(space) == 1 && H5Aread(attribute, H5T_NATIVE_INT64, &value) >= 0,
+      path_, text("read ", name));
+  return value;
 }
 
 void Hdf5Reader::read(const StoredMatrix& matrix, const Take& take) const {

@@ -35,7 +35,8 @@ struct FileRange {
 class Hdf5Writer {
  public:
   // Failures throw (exit code internal) with path and reason; a file that is not closed is removed.
-  explicit Hdf5Writer(const std::string& path);
+  // user_block bytes at the beginning (0, 512 or a larger power of two) are left to the caller.
+  explicit Hdf5Writer(const std::string& path, std::uint64_t user_block = 0);
   ~Hdf5Writer();
   Hdf5Writer(const Hdf5Writer&) = delete;
   Hdf5Writer& operator=(const Hdf5Writer&) = delete;
@@ -44,6 +45,8 @@ class Hdf5Writer {
   using Fill = std::function<void(const Slab& slab, std::span<std::byte> bytes)>;
   // Returns where in the file the values lie.
   FileRange write(const StoredMatrix& matrix, const Fill& fill);
+  // An attribute of the file.
+  void put_number(const char* name, std::int64_t value);
   // To be called at the end; the values are on the disk when it returns.
   void close();
 
@@ -61,6 +64,7 @@ class Hdf5Reader {
   Hdf5Reader& operator=(const Hdf5Reader&) = delete;
 
   StoredMatrix describe(const std::string& name) const;
+  std::int64_t number(const char* name) const;  // an attribute of the file
   using Take = std::function<void(const Slab& slab, std::span<const std::byte> bytes)>;
   // Slabs as in Hdf5Writer::write.
   void read(const StoredMatrix& matrix, const Take& take) const;

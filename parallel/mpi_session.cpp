@@ -320,9 +320,7 @@ int node_number(int rank, int ranks) {
 
 // Signs of life of all ranks of this node, in memory they share. Every rank of world calls it.
 std::shared_ptr<NodeLives> start_lives(Communicator& world, GroupMemory& memory) {
-  std::vector<int> here;  // ranks of this node
-  for (int r = 0; r < world.size(); ++r)
-    if (world.members()[std::size_t(r)].node == world.members()[std::size_t(world.rank())].node) here.push_back(r);
+  const std::vector<int> here = ranks_of_node(world);
   const bool is_maker = here.front() == world.rank();
   const std::size_t bytes = here.size() * sizeof(LifeSign);
   const std::size_t mine = std::size_t(std::find(here.begin(), here.end(), world.rank()) - here.begin());

@@ -2,9 +2,12 @@
 // them. See README.md.
 #pragma once
 
+#include <cstddef>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "core/communicator.h"
 #include "core/train/logits_channel.h"
@@ -38,6 +41,19 @@ class MpiSession {
 // Runs body on n ranks that are threads of this process, for debuggers and ThreadSanitizer. Where one throws, the
 // others end too and the first error is thrown.
 void run_ranks(int n, const std::function<void(Communicator& world)>& body, const Patience& patience = {});
+
+// Ranks of the node of this one, itself included, in their order.
+std::vector<int> ranks_of_node(const Communicator& world);
+
+// Read-only bytes in several parts; they live as long as owner.
+struct NodeData {
+  std::vector<std::span<const std::byte>> parts;
+  std::shared_ptr<const void> owner;
+};
+// One copy per node: the first rank of each node passes what its node shall see, the others' argument is ignored, all
+// get it, each part on a 64-byte boundary of memory that they share. On a node of one rank what was passed comes back
+// as it is. Every rank of world calls it. Too little shared memory is an input error on all of them.
+NodeData share_in_node(Communicator& world, NodeData mine, const std::string& purpose);
 
 // Slots of the ring of a logits channel, one chunk of teacher logits each.
 struct ChannelShape {

@@ -54,8 +54,15 @@ EncodedDataSource::EncodedDataSource(Samples samples, const DataPlan& plan)
   most_tokens_ = (most_tokens_ + plan.row_multiple - 1) / plan.row_multiple * plan.row_multiple;
 }
 
+std::vector<std::int32_t> EncodedDataSource::dealt(std::vector<std::int32_t> indices) const {
+  if (!plan_.balance) return indices;
+  std::vector<std::int64_t> work;
+  for (const std::int32_t i : indices) work.push_back((*plan_.balance)(std::int64_t(samples_[i].tokens.size())));
+  return balanced_order(indices, work, plan_.shape);
+}
+
 StepBatch EncodedDataSource::step(std::int64_t step) const {
-  const std::vector<std::int32_t> indices = order_.step_samples(step);
+  const std::vector<std::int32_t> indices = dealt(order_.step_samples(step));
   StepBatch batch;
   for (int m = 0; m < plan_.shape.accumulation; ++m) {
     const std::span<const std::int32_t> mine = plan_.shape.cut(indices, m, plan_.dp_rank);

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "core/train/balance.h"
 #include "core/train/data_order.h"
 #include "core/train/micro_batch.h"
 
@@ -41,6 +43,7 @@ struct DataPlan {
   LastBatch last = LastBatch::drop;
   std::uint64_t seed = 42;
   bool shuffle = true;
+  std::optional<SequenceWork> balance;  // none: a step is cut in the order of its samples
 };
 
 // A plan for validation: file order, every sample exactly once in batches of infer_batch_size sequences per dp rank.
@@ -58,6 +61,8 @@ class EncodedDataSource : public DataSource {
   const Samples& samples() const { return samples_; }
 
  private:
+  std::vector<std::int32_t> dealt(std::vector<std::int32_t> indices) const;
+
   Samples samples_;
   DataPlan plan_;
   DataOrder order_;

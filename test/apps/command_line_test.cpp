@@ -56,6 +56,7 @@ TEST_CASE("options and overrides apply to a command wherever they stand") {
     CHECK(line.ranks == 4);
     CHECK(line.overrides == Words{"a=1", "b=2"});
   }
+  CHECK(parse({"--config", "x.yaml", "encode"}).command == Command::encode);
   const CommandLine named_check = parse({"--config-name", "check"});
   CHECK(named_check.command == Command::train);
   CHECK(named_check.config == "check.yaml");
@@ -70,7 +71,7 @@ TEST_CASE("help and version are texts to print") {
   const CommandLine help = parse({"--help"});
   CHECK(help.command == Command::print);
   for (const char* part :
-       {"--config FILE", "--config-name", "--max-time", "--help-config", "--version", "check ",
+       {"--config FILE", "--config-name", "--max-time", "--help-config", "--version", "check ", "encode ",
         "Examples:", "mpirun -np 2 distill --config run.yaml", "Exit codes:", "85  stopped by a signal"})
     CHECK_THAT(help.output, Catch::Contains(part));
   CHECK_THAT(parse({"check", "--help"}).output, Catch::Contains("--ranks N"));

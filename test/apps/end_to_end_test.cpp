@@ -195,6 +195,71 @@ TEST_CASE("data parallel without a teacher: two ranks with half the batch each e
   for (std::size_t i = 0; i < a.size(); ++i) CHECK(std::stod(a[i]) == Approx(std::stod(b[i])).epsilon(1e-5));
 }
 
+TEST_CASE("sequences spread by work over ranks and micro-batches give the same losses", "[e2e]") {
+  const Workshop shop;
+  const std::vector<std::string> plain{"distill_loss_weight=0", "student.training_args.per_device_train_batch_size=3"};
+  auto balanced = plain;
+  balanced.push_back("student.sequence_packing_args.algorithm=load_balance");
+  const auto cut = shop.train("cut", plain, 2), dealt = shop.train("dealt", balanced, 2);
+  INFO(cut.output << dealt.output);
+  REQUIRE(cut.code == 0);
+  REQUIRE(dealt.code == 0);
+  CHECK_THAT(dealt.output, Catch::Contains("dealt to ranks by work"));
+  const auto a = shop.losses("cut"), b = shop.losses("dealt");
+  REQUIRE(a.size() == 6);
+  REQUIRE(b.size() == 6);
+  for (std::size_t i = 0; i < a.size(); ++i) CHECK(std::stod(a[i]) == Approx(std::stod(b[i])).epsilon(1e-5));
+}
+
+TEST_CASE("records encoded beforehand give the same run, and damage is said and mended", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto run = [&](const std::string& command, std::vector<std::string> overrides = {}, int ranks = 0) {
+    std::vector<std::string> arguments{command, "--config", shop.path("run.yaml")};
+    arguments.insert(arguments.end(), overrides.begin(), overrides.end());
+    const auto result = Process(shop.command(arguments, ranks)).wait();
+    INFO(result.output);
+    CHECK(result.code == 0);
+    return result.output;
+  };
+  const auto files = [&] {
+    std::vector<fs::path> found;
+    for (const auto& entry : fs::directory_iterator(shop.path("encoded"))) found.push_back(entry.path());
+    return found;
+  };
+  CHECK_THAT(run("check"), !Catch::Contains("from " + shop.path("")));
+  CHECK_FALSE(fs::exists(shop.path("encoded")));
+  REQUIRE(shop.train("before").code == 0);
+
+  const std::string first = run("encode", {}, 2);
+  CHECK(occurrences(first, "training: " + shop.path("encoded/")) == 1);
+  CHECK_THAT(first, Catch::Contains("60 records") && Catch::Contains("10 records") && Catch::Contains(" tokens, "));
+  REQUIRE(files().size() == 2);
+  CHECK(occurrences(run("encode"), "is there already") == 2);
+  CHECK(occurrences(run("check"), "; from " + shop.path("encoded/")) == 2);
+  // Another setting is another file.
+  CHECK(occurrences(run("check", {"sequence_length=60"}), "; from ") == 0);
+  CHECK(occurrences(run("check", {"question_key=answer"}), "; from ") == 0);
+
+  const auto after = shop.train("after", {}, 2);
+  INFO(after.output);
+  REQUIRE(after.code == 0);
+  CHECK(occurrences(after.output, "; from ") == 2);
+  CHECK(shop.losses("after") == shop.losses("before"));
+  CHECK(shop.weights("after") == shop.weights("before"));
+
+  for (const fs::path& file : files()) {
+    std::string bytes = contents(file);
+    bytes[bytes.size() / 2] = char(bytes[bytes.size() / 2] ^ 1);
+    std::ofstream(file, std::ios::binary) << bytes;
+  }
+  const std::string damaged = run("check");
+  CHECK(occurrences(damaged, "the records are encoded again") == 2);
+  CHECK(occurrences(damaged, "; from ") == 0);
+  CHECK(occurrences(run("encode"), "the records are encoded again") == 2);
+  CHECK(occurrences(run("check"), "; from ") == 2);
+}
+
 TEST_CASE("a killed run resumes bit for bit", "[e2e]") {
   const int ranks = GENERATE(0, 2);
   const Workshop shop;
@@ -330,6 +395,8 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   fs::rename(shop.path("train-away.jsonl"), shop.path("train.jsonl"));
   // The same on two ranks is one message, not two.
   refused({"student_pretrain=" + shop.path("nowhere")}, "distill: ", 2);
+  refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"), 2);
+  refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"), 4);
   refused({}, "3 ranks", 3);
 }
 
@@ -400,6 +467,8 @@ TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {
   CHECK_THAT(check({"student.model_args.disable_gradient_checkpointing=true",
                     "student.strategy_args.strategy_config.recompute_granularity=full"}),
              Catch::Contains("recompute_granularity changes nothing"));
+  CHECK_THAT(check({"student.use_sequence_packing=false", "student.sequence_packing_args.algorithm=load_balance"}),
+             Catch::Contains("load_balance changes nothing: student.use_sequence_packing is false"));
   CHECK_THAT(check({"--ranks", "2", "logits_chunk=100000", "logits_ring_slots=1000000"}),
              Catch::Contains("lower logits_chunk or logits_ring_slots"));
   // A context shorter than the longest record.

@@ -45,10 +45,10 @@ const std::vector<std::string>& model_names() {
 }
 
 Samples golden_samples() {
-  Samples samples;
+  SampleBuilder samples;
   for (const json& s : golden().at("samples"))
     samples.add(s.at("tokens").get<std::vector<std::int32_t>>(), s.at("prompt_length"));
-  return samples;
+  return std::move(samples).finish();
 }
 
 std::vector<MicroBatch> golden_micro_batches() {

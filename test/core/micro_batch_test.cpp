@@ -14,14 +14,14 @@ namespace {
 
 // Sample i has 1 + (5 i mod 7) tokens more than its prompt; ids are unique: 100 i + position.
 Samples make_samples(int count, bool on_prompt = false) {
-  Samples samples;
+  SampleBuilder samples;
   for (int i = 0; i < count; ++i) {
     const int prompt = 1 + i % 4, length = prompt + 1 + 5 * i % 7;
     Ids tokens;
     for (int t = 0; t < length; ++t) tokens.push_back(100 * i + t);
     samples.add(tokens, on_prompt ? 0 : prompt);
   }
-  return samples;
+  return std::move(samples).finish();
 }
 
 // What a micro-batch teaches: (token at the position, label), both unique in make_samples().
@@ -54,10 +54,11 @@ TEST_CASE("the supervised positions of a sample", "[micro_batch]") {
 }
 
 TEST_CASE("a packed micro-batch, by hand", "[micro_batch]") {
-  Samples samples;
-  samples.add(Ids{10, 11, 12}, 1);
-  samples.add(Ids{20, 21}, 2);  // nothing to supervise
-  samples.add(Ids{30, 31, 32, 33}, 3);
+  SampleBuilder builder;
+  builder.add(Ids{10, 11, 12}, 1);
+  builder.add(Ids{20, 21}, 2);  // nothing to supervise
+  builder.add(Ids{30, 31, 32, 33}, 3);
+  const Samples samples = std::move(builder).finish();
   const MicroBatch batch = assemble(samples, Ids{2, 0, 1}, Layout::packed);
   CHECK(batch.tokens == Ids{30, 31, 32, 33, 10, 11, 12, 20, 21});
   CHECK(batch.positions == Ids{0, 1, 2, 3, 0, 1, 2, 0, 1});
@@ -69,9 +70,10 @@ TEST_CASE("a packed micro-batch, by hand", "[micro_batch]") {
 }
 
 TEST_CASE("a padded micro-batch, by hand", "[micro_batch]") {
-  Samples samples;
-  samples.add(Ids{10, 11, 12}, 1);
-  samples.add(Ids{20}, 0);
+  SampleBuilder builder;
+  builder.add(Ids{10, 11, 12}, 1);
+  builder.add(Ids{20}, 0);
+  const Samples samples = std::move(builder).finish();
   const MicroBatch batch = assemble(samples, Ids{1, 0}, Layout::padded);
   CHECK(batch.tokens == Ids{20, 0, 0, 10, 11, 12});
   CHECK(batch.positions == Ids{0, 1, 2, 0, 1, 2});

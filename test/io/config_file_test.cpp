@@ -573,8 +573,6 @@ TEST_CASE("a value whose feature is not there yet is an error where it is writte
        "teacher.strategy_args.strategy_config.sequence_parallel: true is not yet supported: expected false"},
       {"teacher: {strategy_args: {strategy_config: {recompute_granularity: selective}}}",
        "teacher.strategy_args.strategy_config.recompute_granularity: selective is not yet supported: expected full"},
-      {"teacher: {sequence_packing_args: {algorithm: load_balance}}",
-       "teacher.sequence_packing_args.algorithm: load_balance is not yet supported: expected none"},
   }));
   CHECK(error_of(needed + wrong.line + "\n") == "x.yaml:6: " + wrong.message);
 }

@@ -36,6 +36,7 @@ struct Setup {
   Recompute recompute = Recompute::none;
   bool shards = true, overlaps = true;
   int accumulation = 0;  // 0: micro-batches of two sequences
+  bool balances = false;
 
   int micro_batches() const { return accumulation > 0 ? accumulation : global_batch / dp / 2; }
   std::string what() const {
@@ -47,7 +48,7 @@ struct Setup {
 std::ostream& operator<<(std::ostream& out, const Setup& s) {
   return out << s.what() << ", tp " << s.tp << (s.cuts_tokens ? " with sequence parallel" : "") << " pp " << s.pp << " dp "
              << s.dp << (s.layout == Layout::padded ? ", padded" : "") << ", recompute " << int(s.recompute)
-             << (s.shards ? "" : ", whole optimiser") << (s.overlaps ? "" : ", no overlap") << ", " << s.micro_batches()
+             << (s.balances ? ", balanced" : "") << (s.shards ? "" : ", whole optimiser") << (s.overlaps ? "" : ", no overlap") << ", " << s.micro_batches()
              << " micro-batches";
 }
 
@@ -102,7 +103,8 @@ class Rank {
                                  {.shape = {global_batch / s_.dp / s_.micro_batches(), s_.micro_batches(), s_.dp},
                                   .dp_rank = me_.dp_rank,
                                   .layout = s_.layout,
-                                  .row_multiple = row_multiple});
+                                  .row_multiple = row_multiple,
+                                  .balance = s_.balances ? std::optional(SequenceWork{.per_token = 3}) : std::nullopt});
     const EncodedDataSource validation(random_samples(7, real_vocabulary, 2),
                                        validation_plan(2, s_.dp, me_.dp_rank, s_.layout, row_multiple));
     Transformer::Limits limits{.tokens = std::max(data.most_tokens(), validation.most_tokens()),
@@ -263,6 +265,7 @@ Setup random_setup(std::mt19937& random, int most_ranks) {
   s.recompute = one_of(Recompute::none, Recompute::full, Recompute::selective);
   s.shards = one_of(true, false);
   s.overlaps = one_of(true, false);
+  s.balances = one_of(true, false);
   s.accumulation = one_of(1, 2) * (s.dp == 1 ? one_of(1, 4) : 1);
   return s;
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/model/transformer.h"
@@ -65,13 +66,13 @@ inline void randomise(Device& device, Transformer& model, std::uint64_t seed, fl
 // `count` samples of 2 to 12 tokens with prompts of 1 token and more.
 inline Samples random_samples(int count, int vocabulary, unsigned seed) {
   std::mt19937 random(seed);
-  Samples samples;
+  SampleBuilder samples;
   for (int i = 0; i < count; ++i) {
     std::vector<std::int32_t> tokens(2 + random() % 11);
     for (std::int32_t& token : tokens) token = std::int32_t(random() % unsigned(vocabulary));
     samples.add(tokens, std::int32_t(1 + random() % (tokens.size() - 1)));
   }
-  return samples;
+  return std::move(samples).finish();
 }
 
 inline std::vector<std::int32_t> all_indices(const Samples& samples) {

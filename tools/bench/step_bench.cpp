@@ -82,14 +82,14 @@ int main(int argc, char** argv) {
   const auto device = make_cpu_device(threads);
   const double peak = measure_peak_flops(*device, dtype);
 
-  Samples samples;
+  SampleBuilder samples;
   std::mt19937 random(1);
   for (int i = 0; i < pair.batch * (steps + 1); ++i) {
     std::vector<std::int32_t> tokens(std::size_t(pair.sequence_length));
     for (auto& token : tokens) token = std::int32_t(random() % unsigned(pair.student.vocabulary - 64));
     samples.add(tokens, 1);
   }
-  const EncodedDataSource data(std::move(samples), {.shape = {pair.batch, 1, 1}, .shuffle = false});
+  const EncodedDataSource data(std::move(samples).finish(), {.shape = {pair.batch, 1, 1}, .shuffle = false});
   const Transformer::Limits limits{.tokens = data.most_tokens(),
                                    .supervised = data.most_supervised(),
                                    .longest = pair.sequence_length,
