@@ -179,7 +179,11 @@ std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, c
   // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
   const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
   sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps));
-  sinks.push_back(std::make_unique<CsvSink>((log_dir / "metrics.csv").string(), metric_names(), first_step, warn));
+  const auto wanted = [&](std::string_view name) {
+    return std::find(config.track_with.begin(), config.track_with.end(), name) != config.track_with.end();
+  };
+  if (wanted("csv"))
+    sinks.push_back(std::make_unique<CsvSink>((log_dir / "metrics.csv").string(), metric_names(), first_step, warn));
   folder.clear_finished();
   write_durably(folder.file("config.yaml"), to_yaml(config));
   return sinks;
