@@ -107,7 +107,8 @@ CsvSink::CsvSink(const std::string& path, std::vector<std::string> names, std::i
   check_input(descriptor_ >= 0, path, ": cannot open: ", std::strerror(errno));
   if (resumed_step > 0 && lseek(descriptor_, 0, SEEK_END) > 0)
     end_ = std::int64_t(bytes_to_keep(MappedFile(path).bytes(), header, resumed_step, path));
-  check_input(ftruncate(descriptor_, end_) == 0, path, ": cannot cut: ", std::strerror(errno));
+  const bool is_cut = ftruncate(descriptor_, end_) == 0;
+  check_input(is_cut, path, ": cannot cut: ", std::strerror(errno));
   if (end_ == 0) append(header);
 }
 

@@ -36,7 +36,6 @@ class ModelWeights {
   ModelWeights& operator=(ModelWeights&&) noexcept;
 
   void load(const WeightSink& sink) const;
-  std::int64_t bytes() const;  // of the files
 
  private:
   class Files;
