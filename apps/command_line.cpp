@@ -189,4 +189,6 @@ CommandLine parse_command_line(std::span<const std::string> arguments, const std
   return parsed.line;
 }
 
+std::string command_line_library_version() { return text("CLI11 ", CLI11_VERSION); }
+
 }  // namespace distill

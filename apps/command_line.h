@@ -28,4 +28,7 @@ struct CommandLine {
 // input error that says what was expected.
 CommandLine parse_command_line(std::span<const std::string> arguments, const std::function<std::string()>& version);
 
+// "CLI11 2.1.2"
+std::string command_line_library_version();
+
 }  // namespace distill

@@ -11,6 +11,7 @@
 #include "apps/encode_command.h"
 #include "apps/job.h"
 #include "apps/models.h"
+#include "apps/progress.h"
 #include "apps/run_plan.h"
 #include "apps/signals.h"
 #include "apps/version.h"
@@ -19,10 +20,10 @@
 namespace distill {
 namespace {
 
-// Progress is for people who watch; a log file gets none of it.
+// mpirun gives ranks no terminal for their standard error, so there it is lines.
 Say progress_line(bool shown) {
-  if (!shown || !isatty(STDERR_FILENO)) return [](const std::string&) {};
-  return [](const std::string& line) { std::cerr << "\r\033[K" << line << std::flush; };
+  if (!shown) return [](const std::string&) {};
+  return Progress(std::cerr, isatty(STDERR_FILENO));
 }
 
 Grid plan_grid(const Config& config, Communicator& world, int ranks) {

@@ -121,9 +121,10 @@ void check_can_write(const ConfigFile& file, std::string_view key, const fs::pat
   fs::path nearest = fs::absolute(folder);
   while (nearest.has_relative_path() && !fs::exists(nearest, ignored)) nearest = nearest.parent_path();
   const bool is_folder = fs::is_directory(nearest, ignored);
-  check_input(is_folder && access(nearest.c_str(), W_OK | X_OK) == 0, file.where(key), ": ", key, ": cannot write to ",
-              folder.string(), ": ", nearest.string(),
-              is_folder ? text(": ", std::strerror(errno)) : " is not a folder");
+  const bool is_writable = is_folder && access(nearest.c_str(), W_OK | X_OK) == 0;
+  const std::string reason = is_folder ? text(": ", std::strerror(errno)) : " is not a folder";
+  check_input(is_writable, file.where(key), ": ", key, ": cannot write to ", folder.string(), ": ", nearest.string(),
+              reason);
 }
 
 void check_run_folders(const ConfigFile& file) {
@@ -168,9 +169,6 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   if (balances(config.student) && !config.student.use_sequence_packing)
     warn(
         "student.sequence_packing_args.algorithm: load_balance changes nothing: student.use_sequence_packing is false");
-  const std::vector<std::string>& teacher_files = config.teacher.data_args.file_name;
-  if (plan.teacher && !teacher_files.empty() && teacher_files != config.student.data_args.file_name)
-    warn("teacher.data_args.file_name is ignored: both roles read the student's records");
   if (plan.teacher && int(plan.grid.places.size()) > ranks) {
     std::map<int, std::size_t> needed;  // bytes by node
     for (const Place& place : plan.grid.places)
@@ -219,11 +217,8 @@ void plan_steps(RunPlan& plan, const ConfigFile& file) {
   const Config& config = plan.config;
   const TrainingArgs& training = config.student.training_args;
   const std::int64_t global_batch = data_plan(plan, 0).shape.global();
-  check_input(plan.train.samples.size() >= global_batch, file.where("student.data_args.file_name"),
-              ": student.data_args.file_name: ", plan.train.samples.size(), " usable records: expected at least ",
-              global_batch, ", one global batch (per_device_train_batch_size ", training.per_device_train_batch_size,
-              " × gradient_accumulation_steps ", training.gradient_accumulation_steps, " × dp ", plan.grid.sizes.dp,
-              ")");
+  std::int64_t most_supervised = 0;
+  file.reading("student.data_args.file_name", [&] { most_supervised = training_data(plan, 0)->most_supervised(); });
   plan.steps_per_epoch = plan.train.samples.size() / global_batch;
   plan.total_steps = config.max_steps > 0 ? config.max_steps : plan.steps_per_epoch * training.num_train_epochs;
   plan.warmup_steps = training.warmup_steps > 0
@@ -233,7 +228,7 @@ void plan_steps(RunPlan& plan, const ConfigFile& file) {
   const std::int64_t columns = head_part(plan, plan.student, 0).columns;
   const std::int64_t chunk =
       config.logits_chunk.value.value_or(int(default_logits_chunk(columns, config.student.model_args.dtype)));
-  plan.logits_chunk = std::min(chunk, std::max<std::int64_t>(1, training_data(plan, 0)->most_supervised()));
+  plan.logits_chunk = std::min(chunk, std::max<std::int64_t>(1, most_supervised));
 }
 
 }  // namespace

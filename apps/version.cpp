@@ -1,5 +1,6 @@
 #include "apps/version.h"
 
+#include "apps/command_line.h"
 #include "core/error.h"
 #include "io/libraries.h"
 #include "kernels/backends.h"
@@ -9,7 +10,8 @@ namespace distill {
 
 std::string version_text() {
   return text("distill ", DISTILL_VERSION, "\n", "backends: cpu (", cpu_backend_version(), "); built without CUDA\n",
-              "mpi: ", MpiSession::library_version(), "\n", "libraries: ", io_library_versions(), "\n");
+              "mpi: ", MpiSession::library_version(), "\n", "libraries: ", command_line_library_version(), ", ",
+              io_library_versions(), "\n");
 }
 
 }  // namespace distill

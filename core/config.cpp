@@ -111,8 +111,8 @@ std::vector<ConfigProblem> rule_violations(const Config& config) {
     check_devices(config.teacher, "teacher", problems);
     check_roles_agree(config, problems);
   }
-  const std::filesystem::path name = config.exp_name;
-  if (name.is_absolute() || std::find(name.begin(), name.end(), "..") != name.end())
+  const std::filesystem::path name = config.exp_name, plain = name.lexically_normal();
+  if (name.is_absolute() || std::find(name.begin(), name.end(), "..") != name.end() || plain == "." || plain == "./")
     problems.push_back({"exp_name", text("is '", config.exp_name, "': expected a name that stays within output_dir")});
   if (config.peer_timeout < config.peer_dead_after)
     problems.push_back(

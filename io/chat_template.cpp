@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "io/mapped_file.h"
+#include "io/strict_json.h"
 
 namespace distill {
 
@@ -15,64 +15,47 @@ namespace {
 
 constexpr std::string_view choices = "qwen2_5, qwen3, chatml, llama3, empty";
 
-// FNV-1a (Fowler, Noll & Vo) of a template's text. Inside a Jinja string a line break may be written as one or as \n,
-// and an editor may add one at the end: neither changes what is rendered.
-std::uint64_t fingerprint(std::string_view jinja) {
-  while (!jinja.empty() && (jinja.back() == '\n' || jinja.back() == ' ')) jinja.remove_suffix(1);
-  std::uint64_t hash = 0xcbf29ce484222325u;
-  for (std::size_t i = 0; i < jinja.size(); ++i) {
-    char c = jinja[i];
-    if (c == '\\' && i + 1 < jinja.size() && jinja[i + 1] == 'n') {
-      c = '\n';
-      ++i;
-    }
-    hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  }
-  return hash;
-}
-
-// Templates as their models are published with. The last two are ChatML with another default system message.
+// Templates as their models are published with. qwen2 and smollm2 are ChatML with another default system message.
 struct Known {
   std::uint64_t fingerprint;
   std::string_view name;
 };
-constexpr std::array<Known, 6> known = {{
+constexpr std::array<Known, 8> known = {{
     {0x11d394755cef9355u, "qwen2_5"},
     {0xabb815b933a4981au, "qwen3"},
     {0x88bf4138d5c826f0u, "chatml"},
     {0x0e60067a5537498eu, "llama3"},
     {0x8a87094e0e1e24c5u, "qwen2"},
     {0x45ec583d4d25bc3au, "smollm2"},
+    {0x4fd30286bc0da17cu, "llama3_1"},  // and 3.3
+    {0x1a6da26e3aef1b34u, "llama3_1"},  // Llama 3.2
 }};
-
-std::string read_text(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  check_input(bool(in), path.string(), ": cannot be read");
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 // The text of the tokenizer's template.
 std::string native_template(const std::filesystem::path& folder, std::string& where) {
-  if (const auto file = folder / "chat_template.jinja"; std::filesystem::exists(file)) {
+  std::error_code ignored;
+  if (const auto file = folder / "chat_template.jinja"; std::filesystem::exists(file, ignored)) {
     where = file.string();
-    return read_text(file);
+    return std::string(MappedFile(where).bytes());
   }
   const auto file = folder / "tokenizer_config.json";
   where = text(file.string(), ": chat_template");
-  check_input(std::filesystem::exists(file), folder.string(),
+  check_input(std::filesystem::exists(file, ignored), folder.string(),
               ": has no chat template (neither chat_template.jinja nor tokenizer_config.json): set ",
               "data_args.template to one of ", choices);
-  const auto json = nlohmann::json::parse(read_text(file), nullptr, /*allow_exceptions=*/false);
+  const auto json = read_strict_json(file.string());
   check_input(json.is_object(), file.string(), ": is not a JSON object");
   const auto found = json.find("chat_template");
   check_input(found != json.end() && !found->is_null(), file.string(),
               ": has no chat_template: set data_args.template to one of ", choices);
   if (found->is_string()) return found->get<std::string>();
   // Several templates: the one named default is for conversations.
+  const auto is_text = [](const auto& entry, const char* key) {
+    return entry.is_object() && entry.contains(key) && entry[key].is_string();
+  };
   if (found->is_array())
     for (const auto& entry : *found)
-      if (entry.is_object() && entry.value("name", "") == "default" && entry.contains("template") &&
-          entry["template"].is_string())
+      if (is_text(entry, "name") && entry["name"] == "default" && is_text(entry, "template"))
         return entry["template"].get<std::string>();
   fail_input(where, ": expected a text, or a list of {name, template} with one named default");
 }
@@ -169,14 +152,34 @@ std::string render_qwen3(std::span<const Message> conversation, bool add_generat
   return out;
 }
 
+void append_llama3(std::string& out, const Message& m) {
+  out.append("<|start_header_id|>")
+      .append(m.role)
+      .append("<|end_header_id|>\n\n")
+      .append(strip(m.content))
+      .append("<|eot_id|>");
+}
+
 std::string render_llama3(std::span<const Message> conversation, bool add_generation_prompt) {
   std::string out = conversation.empty() ? "" : "<|begin_of_text|>";
-  for (const Message& m : conversation)
-    out.append("<|start_header_id|>")
-        .append(m.role)
-        .append("<|end_header_id|>\n\n")
-        .append(strip(m.content))
-        .append("<|eot_id|>");
+  for (const Message& m : conversation) append_llama3(out, m);
+  if (add_generation_prompt) out += "<|start_header_id|>assistant<|end_header_id|>\n\n";
+  return out;
+}
+
+// There is always a system block, and it begins with dates. Llama 3.2 asks for today's; the one it falls back to serves
+// here, so that a run gives the same tokens on any day.
+std::string render_llama3_1(std::span<const Message> conversation, bool add_generation_prompt) {
+  std::string_view system;
+  if (!conversation.empty() && conversation.front().role == "system") {
+    system = strip(conversation.front().content);
+    conversation = conversation.subspan(1);
+  }
+  std::string out =
+      "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+      "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+  out.append(system).append("<|eot_id|>");
+  for (const Message& m : conversation) append_llama3(out, m);
   if (add_generation_prompt) out += "<|start_header_id|>assistant<|end_header_id|>\n\n";
   return out;
 }
@@ -201,16 +204,38 @@ ChatTemplate ChatTemplate::named(std::string_view name) {
   if (name == "smollm2") t.default_system_ = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
   if (name == "qwen3") t.family_ = Family::qwen3;
   if (name == "llama3") t.family_ = Family::llama3;
+  if (name == "llama3_1") t.family_ = Family::llama3_1;
   if (name == "empty") t.family_ = Family::empty;
   return t;
 }
 
-ChatTemplate ChatTemplate::recognise(std::string_view jinja, const std::string& where) {
-  const std::uint64_t mark = fingerprint(jinja);
+// FNV-1a (Fowler, Noll & Vo) of a template's text. Inside a Jinja string a line break may be written as one or as \n,
+// and an editor may add one at the end: neither changes what is rendered.
+std::uint64_t ChatTemplate::fingerprint(std::string_view jinja) {
+  while (!jinja.empty() && (jinja.back() == '\n' || jinja.back() == ' ')) jinja.remove_suffix(1);
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (std::size_t i = 0; i < jinja.size(); ++i) {
+    char c = jinja[i];
+    if (c == '\\' && i + 1 < jinja.size() && jinja[i + 1] == 'n') {
+      c = '\n';
+      ++i;
+    }
+    hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  }
+  return hash;
+}
+
+std::optional<ChatTemplate> ChatTemplate::of_fingerprint(std::uint64_t mark) {
   const auto it = std::find_if(known.begin(), known.end(), [&](const Known& k) { return k.fingerprint == mark; });
-  check_input(it != known.end(), where, ": is not a chat template that is known here (", jinja.size(),
-              " bytes that begin \"", jinja.substr(0, 40), "\"): set data_args.template to one of ", choices);
-  return named(it->name);
+  return it == known.end() ? std::nullopt : std::optional(named(it->name));
+}
+
+ChatTemplate ChatTemplate::recognise(std::string_view jinja, const std::string& where) {
+  const std::optional<ChatTemplate> found = of_fingerprint(fingerprint(jinja));
+  check_input(found.has_value(), where, ": is not a chat template that is known here (", jinja.size(),
+              " bytes that begin \"", jinja.substr(0, 40), "\"): set data_args.template to one of ", choices,
+              jinja.find("Cutting Knowledge") == jinja.npos ? "" : " (llama3 lacks the dates that this one writes)");
+  return *found;
 }
 
 ChatTemplate ChatTemplate::load(const std::string& name, const std::string& folder) {
@@ -230,6 +255,8 @@ std::string ChatTemplate::render(std::span<const Message> conversation, bool add
       return render_qwen3(conversation, add_generation_prompt);
     case Family::llama3:
       return render_llama3(conversation, add_generation_prompt);
+    case Family::llama3_1:
+      return render_llama3_1(conversation, add_generation_prompt);
     case Family::empty:
       return render_empty(conversation);
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -18,6 +19,9 @@ class ChatTemplate {
   static ChatTemplate load(const std::string& name, const std::string& folder);
   // The family whose Jinja template this text is; `where` is what messages call it.
   static ChatTemplate recognise(std::string_view jinja, const std::string& where);
+  // The two halves of recognising: a template's text as a number, and the family that goes by that number.
+  static std::uint64_t fingerprint(std::string_view jinja);
+  static std::optional<ChatTemplate> of_fingerprint(std::uint64_t mark);
 
   // Equal where two templates render every conversation alike.
   std::string identity() const;
@@ -25,7 +29,7 @@ class ChatTemplate {
   std::string render(std::span<const Message> conversation, bool add_generation_prompt) const;
 
  private:
-  enum class Family { chatml, qwen3, llama3, empty };
+  enum class Family { chatml, qwen3, llama3, llama3_1, empty };
   static ChatTemplate named(std::string_view name);
 
   Family family_ = Family::chatml;

@@ -124,7 +124,8 @@ class Reader {
 
   std::uint64_t size() const {
     struct stat info = {};
-    check_input(fstat(descriptor_, &info) == 0, path_, ": cannot read: ", std::strerror(errno));
+    const bool is_known = fstat(descriptor_, &info) == 0;
+    check_input(is_known, path_, ": cannot read: ", std::strerror(errno));
     return std::uint64_t(info.st_size);
   }
 

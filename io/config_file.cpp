@@ -6,6 +6,7 @@
 #include <array>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -152,7 +153,7 @@ class Reader {
   void operator()(std::string_view key, T& field, const Rule& rule, std::string_view) {
     here_.known.emplace_back(key);
     const std::string path = join(here_.path, key);
-    const YamlNode* node = find(path, key);
+    const YamlNode* node = find<T>(path, key, rule);
     if (!node) return;
     const YamlNode value = interpolation_.expand(*node);
     if (is_absent(value)) return;
@@ -195,17 +196,27 @@ class Reader {
   }
 
   // The value of a key under its own name or another spelling.
-  const YamlNode* find(const std::string& path, std::string_view key) {
+  template <class T>
+  const YamlNode* find(const std::string& path, std::string_view key, const Rule& rule) {
     const YamlNode* node = here_.map ? here_.map->find(key) : nullptr;
     for (const Alias& row : aliases) {
       const YamlNode* other = row.key == path ? interpolation_.lookup(row.alias) : nullptr;
       if (!other || is_absent(*other)) continue;
-      if (node && !is_absent(interpolation_.resolve(*node)) && interpolation_.resolve(*node).scalar != other->scalar)
+      if (node && !is_absent(interpolation_.resolve(*node)) && !same_value<T>(*node, *other, rule))
         fail_input(other->where, ": ", row.alias, " is ", describe(*other), ", but ", path, " is ",
                    describe(interpolation_.resolve(*node)), " (", node->where, "): expected one of the two keys");
       node = other;
     }
     return node;
+  }
+
+  // 1 and 1.0 are one value; what cannot be read is compared as text.
+  template <class T>
+  bool same_value(const YamlNode& a, const YamlNode& b, const Rule& rule) {
+    T first{}, second{};
+    const bool both_read = read_value(first, interpolation_.expand(a), rule).empty() &&
+                           read_value(second, interpolation_.expand(b), rule).empty();
+    return both_read ? first == second : interpolation_.resolve(a).scalar == interpolation_.resolve(b).scalar;
   }
 
   // Keys of this section that no field asked for.
@@ -324,7 +335,45 @@ struct HelpTable {
   }
 };
 
+// Values of a section as text, by dotted path within it.
+struct ValueList {
+  std::map<std::string, std::string> values;
+  std::string section_path;
+
+  template <class T>
+  void operator()(std::string_view key, const T& field, const Rule&, std::string_view) {
+    values[join(section_path, key)] = written(field);
+  }
+  template <class S>
+  void section(std::string_view key, const S& fields) {
+    const std::string outer = std::exchange(section_path, join(section_path, key));
+    S::visit(fields, *this);
+    section_path = outer;
+  }
+};
+
 // --- after reading
+
+// Both roles read the same records and one of them trains: the student's values hold. Files of the established pipeline
+// often repeat them for the teacher, and resolved files have every default, so only others are worth a word.
+void warn_of_idle_teacher_keys(ConfigFile& file) {
+  if (!file.config.needs_teacher()) return;
+  constexpr std::array<std::string_view, 4> idle = {"data_args.", "training_args.", "use_sequence_packing",
+                                                    "infer_batch_size"};
+  ValueList student, teacher, defaults;
+  WorkerConfig::visit(file.config.student, student);
+  WorkerConfig::visit(file.config.teacher, teacher);
+  const WorkerConfig untouched;
+  WorkerConfig::visit(untouched, defaults);
+  std::string list;
+  for (const auto& [key, value] : teacher.values) {
+    const bool is_idle = std::any_of(idle.begin(), idle.end(), [&](std::string_view k) { return key.starts_with(k); });
+    if (is_idle && value != student.values.at(key) && value != defaults.values.at(key))
+      list += text(list.empty() ? "" : ", ", "teacher.", key);
+  }
+  if (!list.empty())
+    file.warnings.push_back(text(file.name, ": ignored, because the student's values hold for both roles: ", list));
+}
 
 // Sinks of other programs are left out with a warning; a run that asked for nothing else keeps the default.
 void drop_unknown_sinks(ConfigFile& file) {
@@ -391,6 +440,7 @@ ConfigFile parse_config(const std::string& content, const std::filesystem::path&
   Reader(root, file).read();
   drop_unknown_sinks(file);
   fill_defaults(file.config, name.stem().string());
+  warn_of_idle_teacher_keys(file);
   if (file.config.is_offload_states)
     file.warnings.push_back(text(file.where("is_offload_states"),
                                  ": is_offload_states: true has no effect yet: all states stay in device memory"));

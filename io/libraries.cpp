@@ -8,12 +8,14 @@
 #include <pcre2.h>
 
 #include "core/error.h"
+#include "io/hdf5.h"
 
 namespace distill {
 
 std::string io_library_versions() {
-  return text("nlohmann-json ", NLOHMANN_JSON_VERSION_MAJOR, ".", NLOHMANN_JSON_VERSION_MINOR, ".", NLOHMANN_JSON_VERSION_PATCH, ", PCRE2 ", PCRE2_MAJOR,
-              ".", PCRE2_MINOR, ", utf8proc ", utf8proc_version());
+  return text("yaml-cpp ", YAML_CPP_VERSION, ", nlohmann-json ", NLOHMANN_JSON_VERSION_MAJOR, ".",
+              NLOHMANN_JSON_VERSION_MINOR, ".", NLOHMANN_JSON_VERSION_PATCH, ", HDF5 ", hdf5_version(), ", PCRE2 ",
+              PCRE2_MAJOR, ".", PCRE2_MINOR, ", utf8proc ", utf8proc_version());
 }
 
 }  // namespace distill

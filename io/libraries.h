@@ -5,7 +5,7 @@
 
 namespace distill {
 
-// "yaml-cpp 0.7, PCRE2 10.42, …"
+// "yaml-cpp 0.7.0, nlohmann-json 3.11.2, …"
 std::string io_library_versions();
 
 }  // namespace distill

@@ -28,7 +28,8 @@ MappedFile::MappedFile(const std::string& path) {
   const Descriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   check_input(file.fd >= 0, path, ": cannot open: ", std::strerror(errno));
   struct stat info = {};
-  check_input(fstat(file.fd, &info) == 0, path, ": cannot read: ", std::strerror(errno));
+  const bool is_known = fstat(file.fd, &info) == 0;
+  check_input(is_known, path, ": cannot read: ", std::strerror(errno));
   check_input(!S_ISDIR(info.st_mode), path, ": is a folder, expected a file");
   check_input(S_ISREG(info.st_mode), path, ": is not a regular file");
   size_ = std::size_t(info.st_size);

@@ -100,12 +100,6 @@ class ModelWeights::Files {
     for (const Param& param : part.all()) load(param, tensors_.at(param.name).tensor, block, sink);
   }
 
-  std::int64_t bytes() const {
-    std::int64_t sum = 0;
-    for (const auto& shard : shards_) sum += std::int64_t(shard->file_size());
-    return sum;
-  }
-
  private:
   struct Found {
     const SafeTensor& tensor;
@@ -215,7 +209,6 @@ std::optional<ModelWeights> ModelWeights::open(const std::string& folder, const 
 }
 
 void ModelWeights::load(const ParamTable& part, const WeightSink& sink) const { files_->load(part, sink); }
-std::int64_t ModelWeights::bytes() const { return files_->bytes(); }
 
 bool load_weights(const std::string& folder, const ParamTable& whole, const ParamTable& part, const WeightSink& sink) {
   const auto weights = ModelWeights::open(folder, whole);

@@ -38,7 +38,6 @@ class ModelWeights {
 
   // What `part` holds of the model.
   void load(const ParamTable& part, const WeightSink& sink) const;
-  std::int64_t bytes() const;  // of the files
 
  private:
   class Files;

@@ -1,5 +1,6 @@
 #include "io/strict_json.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <vector>
@@ -43,17 +44,41 @@ std::string reason(const json::parse_error& error) {
   return at == std::string::npos ? message : message.substr(at + lead.size());
 }
 
+// "[json.exception.out_of_range.406] number overflow parsing '1e999'" → "line 1, column 8: number overflow parsing …".
+// The parser does not say where it was: at the first number beyond double, so at the first one written like this.
+std::string reason(const json::out_of_range& error, std::string_view content) {
+  const std::string_view message = error.what();
+  const std::string_view what = message.substr(std::min(message.find("] ") + 2, message.size()));
+  const std::size_t quote = std::min(what.find('\'') + 1, what.size());
+  const std::string_view number = what.substr(quote, what.rfind('\'') - quote);
+  bool in_string = false;
+  std::size_t at = 0;
+  for (; at < content.size(); ++at) {
+    if (in_string && content[at] == '\\')
+      ++at;
+    else if (content[at] == '"')
+      in_string = !in_string;
+    else if (!in_string && content.substr(at).starts_with(number))
+      break;
+  }
+  const std::string_view before = content.substr(0, at);
+  const auto line = 1 + std::count(before.begin(), before.end(), '\n');
+  const std::size_t column = at - (before.rfind('\n') + 1) + number.size();  // of its last digit, as in other errors
+  constexpr std::size_t most = 80;
+  return text("line ", line, ", column ", column, ": ", what.substr(0, most), what.size() > most ? "…" : "");
+}
+
 }  // namespace
 
-json parse_strict_json(std::string_view text, const std::string& where) {
+json parse_strict_json(std::string_view content, const std::string& where) {
   try {
     Strict strict(where);
-    return json::parse(text.begin(), text.end(),
+    return json::parse(content.begin(), content.end(),
                        [&](int depth, json::parse_event_t event, json& value) { return strict(depth, event, value); });
   } catch (const json::parse_error& error) {
     fail_input(where, ": not valid JSON: ", reason(error));
-  } catch (const json::exception& error) {
-    fail_input(where, ": not valid JSON: ", error.what());
+  } catch (const json::out_of_range& error) {
+    fail_input(where, ": not valid JSON: ", reason(error, content));
   }
 }
 

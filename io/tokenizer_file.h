@@ -28,8 +28,10 @@ struct SplitStep {
   std::string pattern;  // of regex and literal
   Behavior behavior = Behavior::isolated;
   bool invert = false;
-  std::string field;  // where the file says so, for messages
-  bool operator==(const SplitStep&) const = default;
+  std::string field;  // where the file says so: for messages, and no part of what the step does
+  bool operator==(const SplitStep& other) const {
+    return kind == other.kind && pattern == other.pattern && behavior == other.behavior && invert == other.invert;
+  }
 };
 
 struct MergeRule {

@@ -4,6 +4,7 @@
 # Everything it writes is in build/release and output/.
 set -eu
 cd "$(dirname "$0")/.."
+[ -f CMakePresets.json ] || { echo "quickstart.sh: needs the source tree of distill: clone it and run tools/quickstart.sh there" >&2; exit 1; }
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
 distill=build/release/apps/distill
 started=$(date +%s)

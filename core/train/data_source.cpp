@@ -37,7 +37,6 @@ EncodedDataSource::EncodedDataSource(Samples samples, const DataPlan& plan)
       plan_(plan),
       order_(samples_.size(), plan.shape.global(), plan.last, plan.seed, plan.shuffle) {
   const BatchShape& shape = plan.shape;
-  check_input(samples_.size() > 0, "the data has no usable record");
   check_input(order_.steps_per_epoch() > 0, "the data has ", samples_.size(),
               " usable records, fewer than one global batch of ", shape.global(), " = per_device_train_batch_size ",
               shape.per_device, " x gradient_accumulation_steps ", shape.accumulation, " x ", shape.dp_size,

@@ -1,5 +1,5 @@
-// Which oneDNN primitive: of 2.6, measured in kernels/README.md. matmul (brgemm) loses 10% on y = x Wᵀ and a quarter on
-// dW += dyᵀ x, and compiles 0.3 ms for each new shape (the number of tokens changes with every micro-batch);
+// Which oneDNN primitive, as measured with 2.6: matmul (brgemm) loses 10% on y = x Wᵀ and a quarter on dW += dyᵀ x, and
+// compiles 0.3 ms for each new shape (the number of tokens changes with every micro-batch);
 // inner_product on plain layouts runs the packing gemm: near the peak in any layout, 0.1 ms for a new shape.
 #include "kernels/cpu/gemm.h"
 

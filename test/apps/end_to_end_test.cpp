@@ -1,7 +1,9 @@
 // The program as a user runs it: train, distil on one rank and on two, stop, be killed, resume, and be told what is
 // wrong.
 #include <catch2/catch.hpp>
+#include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -146,6 +148,16 @@ int occurrences(const std::string& text, const std::string& part) {
   int count = 0;
   for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++count;
   return count;
+}
+
+// A folder in which this user may not make files: `own`, or for root, who may everywhere, one that is mounted
+// read-only. And the reason. Empty where there is none.
+std::pair<std::string, std::string> not_writable(const std::string& own) {
+  fs::create_directory(own);
+  fs::permissions(own, fs::perms::owner_read | fs::perms::owner_exec);
+  for (const std::string& folder : {own, std::string("/sys"), std::string("/proc/sys")})
+    if (fs::is_directory(folder) && access(folder.c_str(), W_OK) != 0) return {folder, std::strerror(errno)};
+  return {};
 }
 
 }  // namespace
@@ -359,6 +371,10 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   shop.make_teacher();
   fs::copy(shop.path("student"), shop.path("no-template"));
   shop.write("no-template/tokenizer_config.json", "{}");
+  fs::copy(shop.path("student"), shop.path("few-ids"));
+  std::string config = contents(shop.path("student/config.json"));
+  config.replace(config.find("4096"), 4, "100");
+  shop.write("few-ids/config.json", config);
   const auto refused = [&](std::vector<std::string> overrides, const std::string& message, int ranks = 0) {
     const auto result = shop.train("wrong", std::move(overrides), ranks);
     INFO(result.output);
@@ -380,7 +396,9 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"validation.data_args.template=native", "student.data_args.template=chatml",
            "student_pretrain=" + shop.path("no-template")},
           "': validation.data_args.template: " + shop.path("no-template"));
-  refused({"student.training_args.per_device_train_batch_size=40"}, "expected at least 80");
+  refused(
+      {"student.training_args.per_device_train_batch_size=40"},
+      "run.yaml:13: student.data_args.file_name: the data has 60 usable records, fewer than one global batch of 80");
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"));
   refused({"validation.data_args.file_name=" + shop.path("long.jsonl")},
           "none of the 1 records of " + shop.path("long.jsonl"));
@@ -389,10 +407,17 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"exp_name=../elsewhere"}, "expected a name that stays within output_dir");
   refused({"resume_from_checkpoint=" + shop.path("no-checkpoint")},
           "': resume_from_checkpoint: " + shop.path("no-checkpoint") + ": has no manifest.json");
+  refused({"student_pretrain=" + shop.path("few-ids")},
+          "few-ids/config.json: vocab_size is 100: expected at least 4080, the number of ids that ");
+  if (const auto [folder, reason] = not_writable(shop.path("closed")); !folder.empty())
+    refused({"logging_dir=" + folder},
+            "': logging_dir: cannot write to " + folder + "/wrong: " + folder + ": " + reason + "\n");
   // What the file says is named by its line.
   fs::rename(shop.path("train.jsonl"), shop.path("train-away.jsonl"));
   refused({}, "run.yaml:13: student.data_args.file_name: " + shop.path("train.jsonl") + ": ");
   fs::rename(shop.path("train-away.jsonl"), shop.path("train.jsonl"));
+  for (const char* name : {".", "./", "./.", "..", "a/.."})
+    refused({std::string("exp_name=") + name}, "expected a name that stays within output_dir");
   // The same on two ranks is one message, not two.
   refused({"student_pretrain=" + shop.path("nowhere")}, "distill: ", 2);
   refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"), 2);
@@ -460,7 +485,7 @@ TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {
                                  "student.data_args.skip_bad_records=true", "teacher.data_args.file_name=other.jsonl"});
   CHECK_THAT(bad, Catch::Contains("warning: 1 of 61 records cannot be used:") &&
                       Catch::Contains(shop.path("some-bad.jsonl") + ":61: record 61"));
-  CHECK_THAT(bad, Catch::Contains("teacher.data_args.file_name is ignored"));
+  CHECK_THAT(bad, Catch::Contains("the student's values hold for both roles: teacher.data_args.file_name\n"));
   CHECK_THAT(check({"student.device_mapping=[0, 1]", "teacher.device_mapping=[2, 3]"}),
              Catch::Contains("student.device_mapping names 2 devices, this run has 1 rank a role") &&
                  Catch::Contains("teacher.device_mapping names 2 devices"));
@@ -504,6 +529,21 @@ TEST_CASE("check prints the plan and trains nothing", "[e2e]") {
   for (const char* part : {"student", "teacher", "vocabulary: 4080", "60 records", "forward_kl", "partner", "all good"})
     CHECK_THAT(result.output, Catch::Contains(part));
   CHECK_FALSE(fs::exists(shop.path("run")));
+}
+
+TEST_CASE("metrics go where track_with says", "[e2e]") {
+  const Workshop shop;
+  const auto run = [&](const std::string& name, const std::string& sinks) {
+    const auto result =
+        shop.train(name, {"distill_loss_weight=0", "max_steps=1", "save_steps=0", "track_with=" + sinks});
+    INFO(result.output);
+    CHECK(result.code == 0);
+    CHECK_THAT(result.output, Catch::Contains("step 1/1"));
+    return fs::exists(shop.path("logs/" + name + "/metrics.csv"));
+  };
+  CHECK(run("all", "~"));
+  CHECK(run("csv", "[csv]"));
+  CHECK_FALSE(run("none", "[]"));
 }
 
 TEST_CASE("a run that its checkpoints do not allow is refused, by check as well", "[e2e]") {

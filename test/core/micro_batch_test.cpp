@@ -174,7 +174,9 @@ TEST_CASE("validation sees every sample exactly once, on any number of ranks", "
 }
 
 TEST_CASE("too little data is an input error that says how much is needed", "[data_source]") {
-  CHECK_THROWS_WITH(EncodedDataSource(Samples{}, training_plan(1, 1, 1)), "the data has no usable record");
+  CHECK_THROWS_WITH(EncodedDataSource(Samples{}, training_plan(1, 1, 1)),
+                    "the data has 0 usable records, fewer than one global batch of 1 = per_device_train_batch_size 1 x "
+                    "gradient_accumulation_steps 1 x 1 data-parallel ranks");
   CHECK_THROWS_WITH(
       EncodedDataSource(make_samples(11), training_plan(2, 3, 2)),
       "the data has 11 usable records, fewer than one global batch of 12 = per_device_train_batch_size 2 x "

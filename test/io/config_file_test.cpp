@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "core/error.h"
+#include "test/support/limit.h"
 
 using namespace distill;
 
@@ -173,7 +174,7 @@ TEST_CASE("a file of the established pipeline runs unchanged") {
   CHECK(config.teacher.model_args.disable_gradient_checkpointing);
   CHECK(config.teacher.infer_batch_size == 4);
 
-  REQUIRE(file.warnings.size() == 2);
+  REQUIRE(file.warnings.size() == 3);
   CHECK(file.warnings[0] ==
         file.name +
             ": keys that have no meaning here are ignored: defaults, hydra, num_gpus_per_node, num_nodes, rpc_timeout, "
@@ -182,6 +183,8 @@ TEST_CASE("a file of the established pipeline runs unchanged") {
             "tracker_kwargs");
   CHECK(file.warnings[1] ==
         file.name + ":20: track_with: wandb is not available here and ignored: metrics go to [csv, hdf5, tensorboard]");
+  CHECK(file.warnings[2] ==
+        file.name + ": ignored, because the student's values hold for both roles: teacher.infer_batch_size");
 }
 
 TEST_CASE("defaults") {
@@ -402,6 +405,7 @@ TEST_CASE("offloading is accepted with a warning") {
 TEST_CASE("other spellings of keys") {
   CHECK(read(needed + "  training_args: {max_grad_norm: 2}\n").max_grad_norm == 2);
   CHECK(read(needed + "  training_args: {max_grad_norm: 2}\nmax_grad_norm: 2\n").max_grad_norm == 2);
+  CHECK(read(needed + "  training_args: {max_grad_norm: 1.0}\nmax_grad_norm: 1\n").max_grad_norm == 1);
   CHECK(read(needed + "  training_args: {max_grad_norm: ~}\nmax_grad_norm: 2\n").max_grad_norm == 2);
   CHECK(read(needed + "logits_transfer_backend: ipc+nccl\n").logits_transfer_backend == LogitsTransfer::shared_memory);
   CHECK(parse_config("logits_transfer_backend: nccl_only", "x.yaml", {}).config.logits_transfer_backend ==
@@ -492,6 +496,13 @@ TEST_CASE("files that cannot be read") {
   std::ofstream(large) << std::string(2 << 20, '#');
   CHECK(message(large) == large + ": has 2097152 bytes: expected a configuration of at most 1048576");
   std::filesystem::remove(large);
+  const std::string closed = folder + "/config_file_test_closed.yaml";
+  std::ofstream(closed) << "seed: 1\n";
+  {
+    const test::Limit no_more_files(RLIMIT_NOFILE, 0);
+    CHECK(message(closed) == closed + ": cannot be read");
+  }
+  std::filesystem::remove(closed);
 }
 
 TEST_CASE("overrides win over the file") {
@@ -641,4 +652,29 @@ TEST_CASE("what is wrong with the file that a value points to is told with the k
         "2 x.yaml:2: student_pretrain: folder: no such folder");
   CHECK(of("teacher_pretrain", {ExitCode::bad_input, "no"}) == "2 x.yaml: teacher_pretrain: no");
   CHECK(of("student_pretrain", {ExitCode::internal, "disk broken"}) == "1 disk broken");
+}
+
+TEST_CASE(
+    "what the teacher's section says of data and training is ignored with a word, unless the student's says the same") {
+  const auto warnings = [](const std::string& teacher, const std::string& rest = "") {
+    std::string all;
+    const std::string student =
+        "student_pretrain: s\nstudent: {data_args: {file_name: d}, training_args: {learning_rate: 1e-3}}\n";
+    for (const std::string& line : parse_config(student + "teacher: " + teacher + "\n" + rest, "x.yaml", {}).warnings)
+      all += line;
+    return all;
+  };
+  const std::string ignored = "x.yaml: ignored, because the student's values hold for both roles: teacher.";
+  CHECK(warnings("~") == "");
+  CHECK(warnings("{data_args: {file_name: d, template: native}, training_args: {learning_rate: 0.001}}") == "");
+  CHECK(warnings("{model_args: {dtype: fp32}, device_mapping: [0]}") == "");
+  CHECK(warnings("{infer_batch_size: 3}") == ignored + "infer_batch_size");
+  CHECK(warnings("{use_sequence_packing: false}") == ignored + "use_sequence_packing");
+  CHECK(warnings("{data_args: {template: chatml, shuffle: false, skip_bad_records: true}, training_args: "
+                 "{learning_rate: 1e-4, warmup_steps: 3}}") ==
+        ignored +
+            "data_args.shuffle, teacher.data_args.skip_bad_records, teacher.data_args.template, "
+            "teacher.training_args.learning_rate, teacher.training_args.warmup_steps");
+  CHECK(warnings("{infer_batch_size: 3}", "distill_loss_weight: 0\n") == "");
+  CHECK(warnings("{training_args: {learning_rate: 5e-5}}") == "");  // the default, as resolved files have it
 }

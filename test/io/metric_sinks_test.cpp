@@ -82,6 +82,7 @@ TEST_CASE("CSV: a resumed run goes on after the step it resumes from", "[metric_
   CHECK(read(path) == "step,wall_time,other\n1,2,3\n");
   CHECK(refusal(folder.path(), [&] { CsvSink(folder.path("no/metrics.csv"), names, 1, no_warning); }) ==
         "no/metrics.csv: cannot open: No such file or directory");
+  CHECK(refusal("", [&] { CsvSink("/dev/null", names, 1, no_warning); }) == "/dev/null: cannot cut: Invalid argument");
 }
 
 TEST_CASE("CSV: a full disk loses lines but no columns, and is reported once", "[metric_sinks]") {

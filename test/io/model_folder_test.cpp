@@ -274,6 +274,8 @@ TEST_CASE("damaged configurations give an error or a specification", "[model_fol
 TEST_CASE("folders that are none", "[model_folder]") {
   const ScratchFolder folder;
   const auto refuse = [&](const std::string& path) { return refusal(folder.path(), [&] { read_model_spec(path); }); };
+  CHECK(refusal(folder.path(), [&] { ModelWeights::open(folder.path("nowhere"), SmallFolder().table); }) ==
+        "nowhere: no such folder");
   CHECK(refuse(folder.path("Qwen/Qwen2.5-0.5B")) ==
         "Qwen/Qwen2.5-0.5B: no such folder (models are read from local folders: download the model first)");
   std::filesystem::create_directory(folder.path("empty"));

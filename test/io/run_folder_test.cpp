@@ -25,6 +25,9 @@ TEST_CASE("one run at a time uses a folder", "[run_folder]") {
   scratch.write("file", "");
   CHECK(refusal(scratch.path(), [&] { const RunFolder other(scratch.path("file/run")); }) ==
         "file/run: cannot create: Not a directory");
+  std::filesystem::create_directories(scratch.path("odd/.lock"));
+  CHECK(refusal(scratch.path(), [&] { const RunFolder other(scratch.path("odd")); }) ==
+        "odd/.lock: cannot open: Is a directory");
 }
 
 TEST_CASE("a finished run leaves a mark", "[run_folder]") {

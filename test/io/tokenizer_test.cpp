@@ -300,6 +300,9 @@ TEST_CASE("two tokenizers are compared by what changes ids", "[tokenizer]") {
         folder.path());
   };
   CHECK(difference(json::object()) == "");
+  // The same step, written as a list of one.
+  CHECK(difference({{"pre_tokenizer",
+                     {{"type", "Sequence"}, {"pretokenizers", json::array({tiny()["pre_tokenizer"]})}}}}) == "");
   CHECK(difference({{"padding", {{"length", 3}}}, {"post_processor", {{"type", "ByteLevel"}}}}) == "");
   CHECK(difference({{"model", {{"vocab", {{"x", 8}}}}}}) == "id 8 is no token in a.json and \"x\" in b.json");
   CHECK(difference({{"model", {{"vocab", {{"b", 2}, {"c", 1}}}}}}) == "id 1 is \"b\" in a.json and \"c\" in b.json");
@@ -328,6 +331,8 @@ TEST_CASE("what is missing, damaged or not supported is named", "[tokenizer]") {
   CHECK(test::refusal(folder.path(), [&] { Tokenizer::load(folder.path()); }) ==
         "tokenizer.json: cannot open: No such file or directory");
   CHECK(refused("{\"a\": \n[1, 2").starts_with("tokenizer.json: not valid JSON: line 2, column 6: "));
+  CHECK(refused("{\"a\": \"1e999 \\\" 1e999\",\n \"b\": -1e999}") ==
+        "tokenizer.json: not valid JSON: line 2, column 12: number overflow parsing '-1e999'");
   CHECK(refused("").starts_with("tokenizer.json: not valid JSON: line 1, column 1: "));
   CHECK(refused(R"({"a": "\ud800"})").starts_with("tokenizer.json: not valid JSON: line 1, column 14: "));
   CHECK(refused(json::array()) == "tokenizer.json: is array, expected an object");
@@ -336,6 +341,9 @@ TEST_CASE("what is missing, damaged or not supported is named", "[tokenizer]") {
   CHECK(complaint({{"normalizer", {{"type", "NFKC"}}}}) == "normalizer: \"NFKC\" is not supported, only NFC or null");
   CHECK(complaint({{"normalizer", {{"kind", 1}}}}) == "normalizer.type: is missing or null, expected a string");
   CHECK(complaint({{"decoder", {{"type", "Metaspace"}}}}) == "decoder: \"Metaspace\" is not supported, only ByteLevel");
+  json wordless = tiny();
+  wordless["model"]["vocab"] = json::object();
+  CHECK(refused(wordless) == "tokenizer.json: model.vocab: is empty");
   CHECK(complaint({{"decoder", nullptr}}) == "decoder: is missing or null, expected an object");
 
   CHECK(complaint({{"pre_tokenizer", nullptr}}) == "pre_tokenizer: is missing or null, expected an object");

@@ -15,7 +15,7 @@
 #include "test/support/mpi_main.h"
 
 using namespace distill;
-using Catch::Matchers::Contains;
+using Catch::Contains;
 
 namespace {
 

@@ -12,7 +12,7 @@
 
 using namespace distill;
 using namespace std::chrono_literals;
-using Catch::Matchers::Contains;
+using Catch::Contains;
 
 namespace {
 

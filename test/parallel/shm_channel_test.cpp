@@ -14,10 +14,11 @@
 #include "core/train/micro_batch.h"
 #include "parallel/shared_segment.h"
 #include "test/support/child.h"
+#include "test/support/limit.h"
 
 using namespace distill;
 using namespace std::chrono_literals;
-using Catch::Matchers::Contains;
+using Catch::Contains;
 
 namespace {
 
@@ -380,6 +381,12 @@ TEST_CASE("partners of a group open their channel, and its memory has no name le
       check(teach(*sink, 40), "the student left");
     }
   });
+}
+
+TEST_CASE("shared memory that the machine does not give is an input error that says what for") {
+  const test::Limit no_more_files(RLIMIT_NOFILE, 0);
+  CHECK_THROWS_WITH(SharedSegment::create(1, "the ring"),
+                    "the ring: cannot make shared memory in /dev/shm: Too many open files");
 }
 
 TEST_CASE("too little shared memory is one clear error on both sides") {
