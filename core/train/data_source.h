@@ -43,7 +43,7 @@ struct DataPlan {
   LastBatch last = LastBatch::drop;
   std::uint64_t seed = 42;
   bool shuffle = true;
-  std::optional<SequenceWork> balance;  // none: a step is cut in the order of its samples
+  std::optional<SequenceWork> balance = {};  // none: a step is cut in the order of its samples
 };
 
 // A plan for validation: file order, every sample exactly once in batches of infer_batch_size sequences per dp rank.
