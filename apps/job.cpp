@@ -8,7 +8,8 @@
 #include <iostream>
 #include <memory>
 
-#include "apps/sides.h"
+#include "apps/channel.h"
+#include "apps/flops.h"
 #include "apps/signals.h"
 #include "core/train/teacher.h"
 #include "core/train/time_report.h"
@@ -36,16 +37,6 @@ LossSpec loss_spec(const RunPlan& plan) {
           .topk = c.logits_topk,
           .topk_mode = c.logits_topk_mode,
           .vocabulary = plan.vocabulary};
-}
-
-// 2 FLOP a parameter and token forward, 4 backward; the embedding look-up is none. Causal attention: 4 FLOP per pair
-// and column forward, 8 backward.
-double flops_per_token(const ModelSpec& spec, bool trains) {
-  const double embedding = spec.tied_head ? 0 : double(spec.vocabulary) * double(spec.hidden);
-  return (trains ? 6 : 2) * (double(param_table(spec).count()) - embedding);
-}
-double flops_per_pair(const ModelSpec& spec, bool trains) {
-  return (trains ? 12 : 4) * double(spec.layers) * double(spec.q_cols());
 }
 
 TrainerOptions trainer_options(const RunPlan& plan, double peak_flops) {
@@ -104,23 +95,6 @@ std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, c
   return sinks;
 }
 
-// The way of the teacher's logits between this rank and its partner, or within it.
-struct Channel {
-  std::unique_ptr<TeacherSource> source;  // a student of the last stage
-  std::unique_ptr<LogitsSink> sink;       // a teacher of the last stage
-
-  Channel(const RunPlan& plan, Device& device, const Place& place, const Groups& groups, TeacherSide* teacher) {
-    if (!plan.teacher || place.pp_rank + 1 != plan.grid.sizes.pp) return;
-    if (place.role == Role::both)
-      source = std::make_unique<LocalTeacher>(device, teacher->teacher, plan.config.teacher.model_args.dtype,
-                                              plan.logits_chunk);
-    else if (place.role == Role::student)
-      source = open_shared_source(*groups.partners, /*teacher=*/1, channel_shape(plan, place));
-    else
-      sink = open_shared_sink(*groups.partners, /*student=*/0, channel_shape(plan, place));
-  }
-};
-
 }  // namespace
 
 ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_point started, const Say& say) {
@@ -149,8 +123,9 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
     if (studies) student.emplace(*device, plan, sizes, place, groups);
     if (teaches) teacher.emplace(*device, plan, sizes, place, *groups.tp);
   });
+  const Payload payload = decide_payload(plan, *device, world, say);
   std::optional<Channel> channel;
-  world.run_together([&] { channel.emplace(plan, *device, place, groups, teacher ? &*teacher : nullptr); });
+  world.run_together([&] { channel.emplace(plan, payload, *device, place, groups, teacher ? &*teacher : nullptr); });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   CheckpointFolder checkpoints(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
                                {place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
@@ -163,8 +138,8 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {
-    TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, *groups.pp_forward,
-                *groups.pp_backward)
+    TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload,
+                *groups.pp_forward, *groups.pp_backward)
         .run(first_step, plan.total_steps);
     return ExitCode::ok;
   }

@@ -74,10 +74,6 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
                                                                      : std::nullopt};
 }
 
-VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank) {
-  return vocabulary_part(plan.vocabulary, spec.vocabulary, plan.grid.sizes.tp, tp_rank);
-}
-
 // Why a model cannot be cut so; empty when it can.
 std::string misfit(const ModelSpec& spec, int tp, int pp) {
   if (spec.q_heads % tp != 0) return text(spec.q_heads, " attention heads are no multiple of tp_size ", tp);
@@ -169,11 +165,13 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   if (balances(config.student) && !config.student.use_sequence_packing)
     warn(
         "student.sequence_packing_args.algorithm: load_balance changes nothing: student.use_sequence_packing is false");
-  if (plan.teacher && int(plan.grid.places.size()) > ranks) {
+  if (plan.teacher && int(plan.grid.places.size()) > ranks &&
+      config.logits_transfer_backend == LogitsTransfer::shared_memory &&
+      config.teacher_payload != TeacherPayload::hidden) {
     std::map<int, std::size_t> needed;  // bytes by node
     for (const Place& place : plan.grid.places)
       if (place.role == Role::student && place.pp_rank + 1 == plan.grid.sizes.pp)
-        needed[place.node] += channel_bytes(channel_shape(plan, place));
+        needed[place.node] += channel_bytes(channel_shape(plan, place, Payload::logits));
     std::size_t most = 0;
     for (const auto& [node, bytes] : needed) most = std::max(most, bytes);
     if (const auto available = shared_memory_available(); most > available)
@@ -271,9 +269,14 @@ std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank) {
                                                 data_plan(plan, dp_rank).layout, data_plan(plan, dp_rank).row_multiple));
 }
 
-ChannelShape channel_shape(const RunPlan& plan, const Place& place) {
+VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank) {
+  return vocabulary_part(plan.vocabulary, spec.vocabulary, plan.grid.sizes.tp, tp_rank);
+}
+
+ChannelShape channel_shape(const RunPlan& plan, const Place& place, Payload payload) {
   return {.positions = plan.logits_chunk,
-          .columns = head_part(plan, *plan.teacher, place.tp_rank).columns,
+          .columns = payload == Payload::hidden ? plan.teacher->hidden
+                                                : head_part(plan, *plan.teacher, place.tp_rank).columns,
           .dtype = plan.config.teacher.model_args.dtype,
           .slots = plan.config.logits_ring_slots};
 }
@@ -386,7 +389,9 @@ std::string describe(const RunPlan& plan) {
                                        : "",
                 "; teacher logits in chunks of ", plan.logits_chunk, " positions");
     if (plan.grid.places.size() > 1)
-      out += text(", a ring of ", config.logits_ring_slots, " × ", bytes_text(slot), " in shared memory per student");
+      out += text(", a ring of ", config.logits_ring_slots, " × ", bytes_text(slot),
+                  config.logits_transfer_backend == LogitsTransfer::network ? " by messages" : " in shared memory",
+                  " per student of the last stage");
     out += "\n";
   } else {
     out += "  loss: cross-entropy (distill_loss_weight is 0: no teacher)\n";

@@ -11,6 +11,7 @@
 #include "core/model/spec.h"
 #include "core/optim/schedule.h"
 #include "core/train/data_source.h"
+#include "core/train/payload_choice.h"
 #include "io/checkpoint_manifest.h"
 #include "io/config_file.h"
 #include "parallel/grid.h"
@@ -42,8 +43,11 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world,
 std::unique_ptr<DataSource> training_data(const RunPlan& plan, int dp_rank);
 std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank);  // null where there is none
 
+// What a tensor-parallel rank has of a model's embedding and head.
+VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank);
+
 // The logits channel between the two ranks of a place.
-ChannelShape channel_shape(const RunPlan& plan, const Place& place);
+ChannelShape channel_shape(const RunPlan& plan, const Place& place, Payload payload);
 
 // What the run's checkpoints say of it; `threads` of a student rank, 0 where that is not known.
 CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads);

@@ -74,10 +74,6 @@ struct Lacking {
 constexpr auto lacking = std::to_array<Lacking>({
     {"device", "cuda is not built into this binary: expected auto or cpu",
      [](const Config& c, const Capabilities& can) { return c.device == DeviceChoice::cuda && !can.cuda; }},
-    {"teacher_payload", "hidden is not yet supported: expected auto or logits",
-     [](const Config& c, const Capabilities&) { return c.teacher_payload == TeacherPayload::hidden; }},
-    {"logits_transfer_backend", "nccl-only is not yet supported: expected ipc+nccl",
-     [](const Config& c, const Capabilities&) { return c.logits_transfer_backend == LogitsTransfer::network; }},
     {"profiler_timeline", "true is not yet supported: expected false",
      [](const Config& c, const Capabilities&) { return c.profiler_timeline; }},
     {"strategy_args.strategy_config.virtual_pipeline_model_parallel_size",

@@ -73,4 +73,9 @@ std::uint64_t shared_memory_available();
 std::unique_ptr<TeacherSource> open_shared_source(Communicator& group, int teacher, const ChannelShape& shape);
 std::unique_ptr<LogitsSink> open_shared_sink(Communicator& group, int student, const ChannelShape& shape);
 
+// The same by messages, for partners on different nodes. Both ranks of pair, a group of the two, call; pair is free
+// again when the calls return.
+std::unique_ptr<TeacherSource> open_message_source(Communicator& pair, int teacher, const ChannelShape& shape);
+std::unique_ptr<LogitsSink> open_message_sink(Communicator& pair, int student, const ChannelShape& shape);
+
 }  // namespace distill

@@ -6,9 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "core/train/micro_batch.h"
+#include "parallel/ring.h"
 #include "parallel/shared_segment.h"
-#include "parallel/wait.h"
 
 namespace distill {
 
@@ -24,14 +23,7 @@ struct alignas(line) EndState {
   LifeSign sign;
 };
 
-// What a slot holds; written by the teacher before it publishes.
-struct alignas(line) SlotTag {
-  std::uint64_t sequence;    // of the chunk, since the start
-  std::uint64_t batch;       // micro-batches since the start
-  std::uint64_t batch_hash;  // of what the micro-batch supervises
-  std::uint64_t chunk;       // within the micro-batch
-  std::int64_t positions;
-};
+struct alignas(line) SlotTag : ChunkTag {};
 
 struct alignas(line) Header {
   std::int64_t positions, columns;
@@ -39,167 +31,59 @@ struct alignas(line) Header {
   EndState teacher, student;
 };
 
-std::size_t slot_bytes(const ChannelShape& shape) {
-  return round_up(std::size_t(shape.positions * shape.columns) * size_of(shape.dtype), page);
-}
 std::size_t tags_offset() { return round_up(sizeof(Header), line); }
 std::size_t slots_offset(const ChannelShape& shape) {
   return round_up(tags_offset() + std::size_t(shape.slots) * sizeof(SlotTag), page);
 }
 
-std::string shape_text(const ChannelShape& shape) {
-  return text(shape.slots, " slots of ", shape.positions, " positions x ", shape.columns, " ", name_of(shape.dtype));
-}
-
-// FNV-1a. Both ends must see the same micro-batch; its labels and their rows tell two apart.
-std::uint64_t hash_of(const MicroBatch& batch) {
-  std::uint64_t hash = 0xcbf29ce484222325ull;
-  for (const std::vector<std::int32_t>* values : {&batch.supervised, &batch.labels})
-    for (const std::int32_t value : *values) hash = (hash ^ std::uint32_t(value)) * 0x100000001b3ull;
-  return hash;
-}
-
-// What both ends have in common: who they are, where the micro-batch stands, and waiting for the other.
-class End : private Awaited {
+class SharedRing final : public Ring {
  public:
-  enum class Side { student, teacher };
-
-  End(ChannelEnd end, Side side)
-      : end_(std::move(end)),
-        side_(side),
-        header_(*std::launder(reinterpret_cast<Header*>(end_.memory.get()))),
+  SharedRing(const ChannelEnd& end, Side side)
+      : memory_(end.memory),
+        slot_bytes_(slot_bytes(end.shape)),
+        slots_offset_(slots_offset(end.shape)),
+        dead_after_(end.patience.peer_dead_after),
+        header_(*std::launder(reinterpret_cast<Header*>(memory_.get()))),
         mine_(side == Side::teacher ? header_.teacher : header_.student),
         other_(side == Side::teacher ? header_.student : header_.teacher) {
-    const ChannelShape there{header_.positions, header_.columns, DType(header_.dtype), header_.slots};
-    check(there.positions == shape().positions && there.columns == shape().columns && there.dtype == shape().dtype &&
-              there.slots == shape().slots,
-          "the logits channel between ", name_of(end_.self), " and ", name_of(end_.other), " has ", shape_text(there),
-          " on one side and ", shape_text(shape()), " on the other");
+    const std::string here = shape_text(end.shape),
+                      there = shape_text({header_.positions, header_.columns, DType(header_.dtype), header_.slots});
+    check(here == there, "the logits channel between ", name_of(end.self), " and ", name_of(end.other), " has ", there,
+          " on one side and ", here, " on the other");
     mine_.sign.sign();
     heart_.emplace(mine_.sign);
   }
-  ~End() override { mine_.closed.store(1, std::memory_order_release); }
-  End(const End&) = delete;
-  End& operator=(const End&) = delete;
+  ~SharedRing() override { mine_.closed.store(1, std::memory_order_release); }
 
-  void begin(const MicroBatch& batch) {
-    check(!held_, "the logits channel: a micro-batch begins while a chunk is held");
-    due_.batch++;
-    due_.batch_hash = hash_of(batch);
-    due_.chunk = 0;
+  std::uint64_t theirs() const override { return other_.chunks.load(std::memory_order_acquire); }
+  bool other_closed() const override { return other_.closed.load(std::memory_order_acquire) != 0; }
+  ChunkTag& tag(std::size_t slot) override {
+    return std::launder(reinterpret_cast<SlotTag*>(memory_.get() + tags_offset()))[slot];
   }
-  double seconds_waited() const { return seconds_; }
-  std::int64_t bytes_moved() const { return bytes_; }
-
- protected:
-  const ChannelShape& shape() const { return end_.shape; }
-  std::uint64_t theirs() const { return other_.chunks.load(std::memory_order_acquire); }
-  bool other_closed() const { return other_.closed.load(std::memory_order_acquire) != 0; }
-  SlotTag& tag() const { return std::launder(reinterpret_cast<SlotTag*>(end_.memory.get() + tags_offset()))[slot()]; }
-  View slot_view() const {
-    return {end_.memory.get() + slots_offset(shape()) + slot() * slot_bytes(shape()), due_.positions, shape().columns,
-            shape().dtype};
-  }
-
-  void hold(std::int64_t positions) {
-    check(!held_ && due_.batch > 0 && positions > 0 && positions <= shape().positions,
-          "the logits channel: a chunk of ", positions, " of at most ", shape().positions, " positions is asked for",
-          held_ ? " while another is held" : "", due_.batch == 0 ? " before any micro-batch" : "");
-    held_ = true;
-    due_.positions = positions;
-  }
-  template <class Ready>
-  void wait(const Ready& ready) {
-    seconds_ += wait_until(ready, end_.patience, *this);
-  }
-  void hand_over() {
-    check(held_, "the logits channel: a chunk is handed over that is not held");
-    held_ = false;
-    bytes_ += due_.positions * shape().columns * std::int64_t(size_of(shape().dtype));
-    ++due_.sequence;
-    ++due_.chunk;
-    mine_.chunks.store(due_.sequence, std::memory_order_release);
-  }
-
-  std::string self() const override { return name_of(end_.self); }
-  std::string whom() const override { return name_of(end_.other); }
-  std::string purpose() const override {
-    return text("the logits channel (", side_ == Side::teacher ? "a free slot for " : "", "chunk ", due_.chunk,
-                " of micro-batch ", due_.batch, ")");
-  }
-
-  SlotTag due_{};  // what comes next, or is held; micro-batches count from 1
-  bool held_ = false;
-
- private:
+  std::byte* memory(std::size_t slot) override { return memory_.get() + slots_offset_ + slot * slot_bytes_; }
+  void hand_over(std::uint64_t chunks) override { mine_.chunks.store(chunks, std::memory_order_release); }
   std::string trouble() override {
     if (!watch_) {
       if (other_.sign.pid.load(std::memory_order_acquire) == 0) return {};  // on its way
       watch_.emplace(other_.sign);
     }
-    return watch_->trouble(end_.patience.peer_dead_after);
+    return watch_->trouble(dead_after_);
   }
-  std::size_t slot() const { return std::size_t(due_.sequence % std::uint64_t(shape().slots)); }
 
-  ChannelEnd end_;
-  Side side_;
+ private:
+  GroupMemory::Block memory_;
+  std::size_t slot_bytes_, slots_offset_;
+  std::chrono::milliseconds dead_after_;
   Header& header_;
   EndState& mine_;
   EndState& other_;
   std::optional<Heart> heart_;
   std::optional<PeerWatch> watch_;
-  double seconds_ = 0;
-  std::int64_t bytes_ = 0;
 };
 
-class SharedSource final : public TeacherSource, private End {
- public:
-  explicit SharedSource(ChannelEnd end) : End(std::move(end), Side::student) {}
-  void begin(const MicroBatch& batch) override { End::begin(batch); }
-  ConstView acquire(std::int64_t positions) override {
-    hold(positions);
-    wait([this] { return theirs() > due_.sequence || other_closed(); });
-    if (theirs() <= due_.sequence)
-      throw Error(ExitCode::peer_lost, text(whom(), " has closed its end; ", self(), " still needs ", purpose()));
-    check_tag(tag());
-    return slot_view();
-  }
-  void release() override { hand_over(); }
-  double seconds_waited() const override { return End::seconds_waited(); }
-  std::int64_t bytes_moved() const override { return End::bytes_moved(); }
-
- private:
-  void check_tag(const SlotTag& found) const {
-    check(found.sequence == due_.sequence, "the logits channel from ", whom(), " to ", self(),
-          ": a slot holds chunk number ", found.sequence, " where ", due_.sequence, " is due");
-    const bool is_same = found.batch == due_.batch && found.chunk == due_.chunk && found.positions == due_.positions;
-    check(is_same, "the logits channel: ", whom(), " sent chunk ", found.chunk, " of micro-batch ", found.batch,
-          " with ", found.positions, " positions where ", self(), " is at chunk ", due_.chunk, " of micro-batch ",
-          due_.batch, " with ", due_.positions, ": the two read different data or cut it differently");
-    check(found.batch_hash == due_.batch_hash, "the logits channel: ", whom(), " and ", self(),
-          " supervise different tokens in micro-batch ", due_.batch, ": the two read different data");
-  }
-};
-
-class SharedSink final : public LogitsSink, private End {
- public:
-  explicit SharedSink(ChannelEnd end) : End(std::move(end), Side::teacher) {}
-  void begin(const MicroBatch& batch) override { End::begin(batch); }
-  View acquire(std::int64_t positions) override {
-    if (other_closed()) return {};
-    hold(positions);
-    const std::uint64_t slots = std::uint64_t(shape().slots);
-    wait([&] { return due_.sequence - theirs() < slots || other_closed(); });
-    if (!other_closed()) return slot_view();
-    held_ = false;
-    return {};
-  }
-  void publish() override {
-    tag() = due_;
-    hand_over();
-  }
-  double seconds_waited() const override { return End::seconds_waited(); }
-};
+RingEnd ring_end(const ChannelEnd& end, Side side) {
+  return {std::make_unique<SharedRing>(end, side), end.shape, end.self, end.other, end.patience};
+}
 
 // Text between two ranks.
 void send_text(Communicator& group, int to, const std::string& message) {
@@ -266,10 +150,10 @@ void start_channel(std::byte* memory, const ChannelShape& shape) {
   header.slots = shape.slots;
 }
 
-std::unique_ptr<TeacherSource> make_shared_source(ChannelEnd end) {
-  return std::make_unique<SharedSource>(std::move(end));
+std::unique_ptr<TeacherSource> make_shared_source(const ChannelEnd& end) {
+  return make_source(ring_end(end, Side::student));
 }
-std::unique_ptr<LogitsSink> make_shared_sink(ChannelEnd end) { return std::make_unique<SharedSink>(std::move(end)); }
+std::unique_ptr<LogitsSink> make_shared_sink(const ChannelEnd& end) { return make_sink(ring_end(end, Side::teacher)); }
 
 std::unique_ptr<LogitsSink> open_shared_sink(Communicator& group, int student, const ChannelShape& shape) {
   ChannelEnd end = end_between(group, student, shape);

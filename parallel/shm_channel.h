@@ -21,7 +21,7 @@ struct ChannelEnd {
   Member self, other;
   Patience patience;
 };
-std::unique_ptr<TeacherSource> make_shared_source(ChannelEnd end);
-std::unique_ptr<LogitsSink> make_shared_sink(ChannelEnd end);
+std::unique_ptr<TeacherSource> make_shared_source(const ChannelEnd& end);
+std::unique_ptr<LogitsSink> make_shared_sink(const ChannelEnd& end);
 
 }  // namespace distill

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <utility>
 
 #include "core/distill/head_loss.h"
 #include "core/train/stopwatch.h"
@@ -28,6 +29,11 @@ void Teacher::next_logits(View logits) {
   next_ += logits.rows;
 }
 
+void Teacher::next_hidden(View hidden) {
+  device_.cast(hidden, hidden_.row_slice(next_, hidden.rows));
+  next_ += hidden.rows;
+}
+
 LocalTeacher::LocalTeacher(Device& device, Teacher& teacher, DType dtype, std::int64_t chunk)
     : device_(device), teacher_(teacher), logits_(device.tensor(chunk, teacher.columns(), dtype)) {}
 
@@ -43,13 +49,30 @@ ConstView LocalTeacher::acquire(std::int64_t positions) {
   return logits;
 }
 
+HiddenTeacherSource::HiddenTeacherSource(Device& device, std::unique_ptr<TeacherSource> channel, Tensor head,
+                                         std::int64_t chunk)
+    : device_(device),
+      channel_(std::move(channel)),
+      head_(std::move(head)),
+      logits_(device.tensor(chunk, head_.view().rows, head_.view().dtype)) {}
+
+ConstView HiddenTeacherSource::acquire(std::int64_t positions) {
+  const ConstView hidden = channel_->acquire(positions);
+  const View logits = logits_.view().row_slice(0, positions);
+  device_.gemm(logits, hidden, transposed(head_.view()));
+  device_.synchronize();
+  channel_->release();  // the teacher goes on while the loss is computed
+  return logits;
+}
+
 TeacherLoop::TeacherLoop(Device& device, Teacher& teacher, const DataSource& data, LogitsSink* sink, std::int64_t chunk,
-                         Communicator& pp_forward, Communicator& pp_backward)
+                         Payload payload, Communicator& pp_forward, Communicator& pp_backward)
     : device_(device),
       teacher_(teacher),
       data_(data),
       sink_(sink),
       chunk_(chunk),
+      payload_(payload),
       pp_backward_(pp_backward),
       links_(pp_forward, pp_backward) {
   check((sink != nullptr) == links_.is_last(), "a logits channel belongs to the last stage of a teacher");
@@ -125,7 +148,7 @@ bool TeacherLoop::is_wanted() {
   return word != 0;
 }
 
-// The logits of a micro-batch into the channel; false when the student has closed it.
+// The logits of a micro-batch, or the hidden states, into the channel; false when the student has closed it.
 bool TeacherLoop::feed(const MicroBatch& micro) {
   if (!sink_) return true;
   if (is_closed_) return false;
@@ -134,7 +157,7 @@ bool TeacherLoop::feed(const MicroBatch& micro) {
   for (std::int64_t first = 0; first < count; first += chunk_) {
     const View slot = sink_->acquire(std::min(chunk_, count - first));
     if (!slot.data) return false;
-    teacher_.next_logits(slot);
+    payload_ == Payload::hidden ? teacher_.next_hidden(slot) : teacher_.next_logits(slot);
     device_.synchronize();
     sink_->publish();
   }

@@ -1,0 +1,115 @@
+// The same bits whichever way the teacher's logits come: in turn, as logits through a channel, or as hidden states.
+#include <catch2/catch.hpp>
+#include <cstring>
+#include <optional>
+
+#include "core/distill/head_loss.h"
+#include "core/train/teacher.h"
+#include "kernels/backends.h"
+#include "parallel/parallel.h"
+#include "parallel/shm_channel.h"
+#include "test/support/tiny_models.h"
+
+using namespace distill;
+using namespace distill::test;
+
+namespace {
+
+constexpr std::int64_t real_vocabulary = 37, chunk = 5, steps = 4;
+
+struct TeacherRank {
+  std::unique_ptr<Device> device = make_cpu_device(1);
+  EncodedDataSource data{random_samples(30, real_vocabulary, 1), DataPlan{.shape = {4, 2, 1}}};
+  Transformer model;
+  Teacher teacher;
+
+  TeacherRank(DType dtype, bool tied)
+      : model(*device, tiny_spec("qwen3", tied), dtype,
+              {.tokens = data.most_tokens(),
+               .supervised = data.most_supervised(),
+               .longest = 12,
+               .trains = false,
+               .recompute = Recompute::none}),
+        teacher(*device, model, real_vocabulary, data.most_tokens(), data.most_supervised()) {
+    randomise(*device, model, 2);
+  }
+  Tensor head() {
+    const ConstView rows = model.head(teacher.columns());
+    Tensor copy = device->tensor(rows.rows, rows.cols, rows.dtype);
+    device->cast(copy.view(), rows);
+    return copy;
+  }
+};
+
+using Bytes = std::vector<std::byte>;
+
+// All logits of the run, as the student sees them.
+Bytes read_all(TeacherSource& source, const DataSource& data) {
+  Bytes all;
+  for (std::int64_t step = 0; step < steps; ++step)
+    for (const MicroBatch& micro : data.step(step).micro) {
+      source.begin(micro);
+      const std::int64_t count = std::int64_t(micro.supervised.size());
+      for (std::int64_t first = 0; first < count; first += chunk) {
+        const ConstView logits = source.acquire(std::min(chunk, count - first));
+        const std::byte* data_of_chunk = static_cast<const std::byte*>(logits.data);
+        all.insert(all.end(), data_of_chunk, data_of_chunk + logits.size() * std::int64_t(size_of(logits.dtype)));
+        source.release();
+      }
+    }
+  return all;
+}
+
+std::int64_t positions_of(const DataSource& data) {
+  std::int64_t positions = 0;
+  for (std::int64_t step = 0; step < steps; ++step) positions += data.step(step).global_supervised;
+  return positions;
+}
+
+enum class Way { memory, messages };
+
+Bytes through_channel(DType dtype, bool tied, Payload payload, Way way) {
+  Bytes all;
+  const ChannelShape shape{
+      chunk, payload == Payload::hidden ? 24 : head_columns(real_vocabulary, tiny_spec("qwen3", tied).vocabulary),
+      dtype, 3};
+  const auto heap = heap_memory();
+  std::string ticket;
+  const GroupMemory::Block memory = heap->make(channel_bytes(shape), "", ticket);
+  start_channel(memory.get(), shape);
+  run_ranks(2, [&](Communicator& pair) {
+    TeacherRank rank(dtype, tied);
+    const ChannelEnd end{memory, shape, pair.members()[std::size_t(pair.rank())],
+                         pair.members()[std::size_t(1 - pair.rank())], pair.patience()};
+    if (pair.rank() == 1) {
+      const auto sink = way == Way::memory ? make_shared_sink(end) : open_message_sink(pair, 0, shape);
+      TeacherLoop{*rank.device, rank.teacher, rank.data, *sink, chunk, payload}.run(0, steps);
+      return;
+    }
+    auto source = way == Way::memory ? make_shared_source(end) : open_message_source(pair, 1, shape);
+    if (payload == Payload::hidden)
+      source = std::make_unique<HiddenTeacherSource>(*rank.device, std::move(source), rank.head(), chunk);
+    all = read_all(*source, rank.data);
+    check(source->bytes_moved() == positions_of(rank.data) * shape.columns * std::int64_t(size_of(dtype)),
+          source->bytes_moved(), " bytes moved");
+  });
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("every way of the teacher's logits gives the same bits") {
+  const DType dtype = GENERATE(DType::f32, DType::bf16);
+  const bool tied = GENERATE(false, true);
+  CAPTURE(name_of(dtype), tied);
+  TeacherRank local(dtype, tied);
+  LocalTeacher in_turn(*local.device, local.teacher, dtype, chunk);
+  const Bytes expected = read_all(in_turn, local.data);
+  REQUIRE(std::int64_t(expected.size()) ==
+          positions_of(local.data) * local.teacher.columns() * std::int64_t(size_of(dtype)));
+  for (const Way way : {Way::memory, Way::messages})
+    for (const Payload payload : {Payload::logits, Payload::hidden}) {
+      CAPTURE(int(way), int(payload));
+      CHECK(through_channel(dtype, tied, payload, way) == expected);
+    }
+}
