@@ -9,6 +9,7 @@
 
 #include "apps/data_set.h"
 #include "core/model/spec.h"
+#include "core/model/vocabulary.h"
 #include "core/optim/schedule.h"
 #include "core/train/data_source.h"
 #include "core/train/payload_choice.h"

@@ -58,6 +58,7 @@ std::vector<std::string> metric_names() {
           "system/mfu",
           "system/samples",
           "system/tokens",
+          "system/supervised",
           "system/pipeline_bubble",
           "system/channel_bytes",
           "time/data_wait",
@@ -311,6 +312,7 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
   if (options_.peak_flops > 0) add("system/mfu", flops / r.times.total / (options_.peak_flops * options_.ranks));
   add("system/samples", double(state.samples));
   add("system/tokens", double(state.tokens));
+  add("system/supervised", double(r.batch.global_supervised));
   add("system/pipeline_bubble", r.times.pipeline / r.times.total);
   if (w != 0) add("system/channel_bytes", double(r.channel_bytes));
   add("time/data_wait", r.times.data);

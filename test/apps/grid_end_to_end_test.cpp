@@ -1,0 +1,234 @@
+// The program on grids under mpirun: the same run as on one rank, whatever travels between teacher and student, resumed on
+// the same and on another grid, and stopped by a signal to any of its ranks.
+#include <catch2/catch.hpp>
+#include <chrono>
+#include <cmath>
+#include <thread>
+
+#include "io/safetensors.h"
+#include "test/support/workshop.h"
+
+using namespace distill::test;
+namespace fs = std::filesystem;
+
+namespace {
+
+using Words = std::vector<std::string>;
+
+Words operator+(Words a, const Words& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+Words both_roles(const std::string& key, int value) {
+  Words words;
+  for (const char* role : {"student", "teacher"})
+    words.push_back(std::string(role) + ".strategy_args.strategy_config." + key + "=" + std::to_string(value));
+  return words;
+}
+Words tp(int n) { return both_roles("tp_size", n); }
+Words pp(int n) { return both_roles("pp_size", n); }
+Words accumulation(int n) { return {"student.training_args.gradient_accumulation_steps=" + std::to_string(n)}; }
+Words strategy(const std::string& setting) { return {"student.strategy_args.strategy_config." + setting}; }
+
+// A global batch of 8 as four micro-batches of two on one rank.
+const Words base = {"max_steps=10", "save_steps=0", "eval_steps=5", "student.training_args.per_device_train_batch_size=2",
+                    "student.training_args.gradient_accumulation_steps=4", "student.infer_batch_size=3"};
+
+std::vector<float> weights(const Workshop& shop, const std::string& name) {
+  const distill::SafetensorsFile file(shop.path(name + "/export/model.safetensors"));
+  std::vector<float> all;
+  for (const auto& [_, tensor] : file.tensors()) {
+    const std::size_t n = tensor.bytes.size() / sizeof(float);
+    all.resize(all.size() + n);
+    std::copy_n(tensor.bytes.data(), n * sizeof(float), reinterpret_cast<char*>(all.data() + all.size() - n));
+  }
+  return all;
+}
+
+// As design section 10 wants it: losses and norms to 1e-5, weights to 1e-5 of their norm.
+void check_like(const Workshop& shop, const std::string& name, const std::string& one) {
+  for (const char* metric : {"train/loss", "student/grad_norm", "student/val_loss"}) {
+    const auto a = column(shop.path("logs/" + one + "/metrics.csv"), metric),
+               b = column(shop.path("logs/" + name + "/metrics.csv"), metric);
+    REQUIRE(a.size() == b.size());
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      CAPTURE(metric, i);
+      REQUIRE(a[i].empty() == b[i].empty());
+      if (!a[i].empty()) CHECK(std::stod(b[i]) == Approx(std::stod(a[i])).epsilon(1e-5));
+    }
+  }
+  const auto a = weights(shop, one), b = weights(shop, name);
+  REQUIRE(a.size() == b.size());
+  double off = 0, squares = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    off += std::pow(double(a[i]) - b[i], 2);
+    squares += double(a[i]) * a[i];
+  }
+  CHECK(std::sqrt(off) <= 1e-5 * std::sqrt(squares));
+}
+
+void train(const Workshop& shop, const std::string& name, const Words& overrides, int ranks) {
+  const auto result = shop.train(name, base + overrides, ranks);
+  INFO(result.output);
+  REQUIRE(result.code == 0);
+}
+
+}  // namespace
+
+TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
+  const Workshop shop({.teacher_layers = 3, .student_layers = 4});
+  shop.make_teacher();
+  train(shop, "one", {}, 0);
+  struct Case {
+    std::string name;
+    int ranks;
+    Words overrides;
+  };
+  const std::vector<Case> cases = {
+      {"tp2", 4, tp(2)},
+      {"tp4-sp", 8, tp(4) + strategy("sequence_parallel=true") + Words{"student.use_sequence_packing=false"}},
+      {"pp3", 6, pp(3) + strategy("recompute_granularity=selective")},
+      {"dp2", 4, accumulation(2)},
+      {"dp4-whole", 8, accumulation(1) + strategy("use_distributed_optimizer=false")},
+      {"all", 16, tp(2) + pp(2) + accumulation(2) + strategy("sequence_parallel=true")},
+  };
+  for (const Case& c : cases) {
+    CAPTURE(c.name);
+    train(shop, c.name, c.overrides, c.ranks);
+    check_like(shop, c.name, "one");
+  }
+}
+
+TEST_CASE("untied models on a grid without a teacher", "[e2e]") {
+  const Workshop shop({.student_layers = 3, .tied = false});
+  const Words plain = {"distill_loss_weight=0"};
+  train(shop, "one", plain, 0);
+  train(shop, "grid", plain + tp(2) + pp(3), 6);
+  check_like(shop, "grid", "one");
+}
+
+TEST_CASE("padding gives the numbers of packing", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  train(shop, "packed", {}, 2);
+  train(shop, "padded", {"student.use_sequence_packing=false"}, 2);
+  check_like(shop, "padded", "packed");
+}
+
+TEST_CASE("logits and hidden states, by memory and by messages, give the same bits", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const Words precision = {"teacher.model_args.dtype=bf16", "logits_topk=5"};
+  train(shop, "one", precision, 0);
+  for (const std::string payload : {"logits", "hidden", "auto"})
+    for (const std::string transfer : {"ipc+nccl", "nccl-only"}) {
+      const std::string name = payload + "-" + transfer;
+      CAPTURE(name);
+      train(shop, name, precision + Words{"teacher_payload=" + payload, "logits_transfer_backend=" + transfer}, 2);
+      CHECK(shop.losses(name) == shop.losses("one"));
+      CHECK(shop.weights(name) == shop.weights("one"));
+    }
+}
+
+// Bytes per supervised position: columns of the shard, or hidden size, times two in bf16. The real vocabulary of 4080 ids
+// is 4096 columns, on two ranks 2048 each.
+TEST_CASE("no byte travels that need not", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto bytes_per_position = [&](const std::string& name, const Words& overrides, int ranks) {
+    const auto result = shop.train(name, Words{"max_steps=1", "teacher.model_args.dtype=bf16"} + overrides, ranks);
+    INFO(result.output);
+    REQUIRE(result.code == 0);
+    const auto metric = [&](const char* key) {
+      return std::stod(column(shop.path("logs/" + name + "/metrics.csv"), key).front());
+    };
+    return metric("system/channel_bytes") / metric("system/supervised");
+  };
+  CHECK(bytes_per_position("logits", {"teacher_payload=logits"}, 2) == 4096 * 2);
+  CHECK(bytes_per_position("cut", Words{"teacher_payload=logits"} + tp(2), 4) == 2 * 2048 * 2);
+  CHECK(bytes_per_position("hidden", {"teacher_payload=hidden"}, 2) == 32 * 2);
+  CHECK(bytes_per_position("messages", {"teacher_payload=logits", "logits_transfer_backend=nccl-only"}, 2) == 4096 * 2);
+}
+
+TEST_CASE("a grid resumes bit for bit, and another grid goes on within rounding", "[e2e]") {
+  const Workshop shop({.teacher_layers = 2, .student_layers = 2});
+  shop.make_teacher();
+  const Words grid = tp(2) + pp(2) + accumulation(2), half = {"save_steps=5", "max_steps=10"};
+  const auto whole = shop.train("whole", base + grid + half, 16);
+  INFO(whole.output);
+  REQUIRE(whole.code == 0);
+  const auto copy = [&](const std::string& name) {
+    for (const std::string folder : {"", "logs/"})
+      fs::copy(shop.path(folder + "whole"), shop.path(folder + name), fs::copy_options::recursive);
+    fs::remove_all(shop.path(name + "/checkpoints/step-000010"));
+    fs::remove_all(shop.path(name + "/export"));
+  };
+  copy("same");
+  const auto same = shop.train("same", base + grid + half + Words{"resume_from_checkpoint=true"}, 16);
+  INFO(same.output);
+  REQUIRE(same.code == 0);
+  CHECK(shop.losses("same") == shop.losses("whole"));
+  CHECK(shop.weights("same") == shop.weights("whole"));
+  for (const auto& [name, overrides, ranks] :
+       {std::tuple<std::string, Words, int>{"one", {}, 0}, {"pp2", pp(2), 4}, {"dp4", accumulation(1), 8}}) {
+    CAPTURE(name);
+    copy(name);
+    const auto other = shop.train(name, base + overrides + half + Words{"resume_from_checkpoint=true"}, ranks);
+    INFO(other.output);
+    REQUIRE(other.code == 0);
+    CHECK_THAT(other.output, Catch::Contains("resumed from"));
+    check_like(shop, name, "whole");
+  }
+}
+
+TEST_CASE("a signal to any rank saves and leaves with 85", "[e2e]") {
+  // A wide feed-forward layer: products whose kernels lay hands on the stack pointer while a signal comes in.
+  const Workshop shop({.teacher_layers = 2, .student_layers = 2, .feed_forward = 2048});
+  shop.make_teacher();
+  const int rank = GENERATE(0, 1, 2, 3), number = GENERATE(SIGUSR1, SIGTERM);
+  CAPTURE(rank, number);
+  Process run(shop.training("stopped", Words{"max_steps=100000", "save_steps=0", "eval_steps=0"} + pp(2), 4));
+  const fs::path csv = shop.path("logs/stopped/metrics.csv");
+  for (int i = 0; i < 3000 && !(fs::exists(csv) && shop.losses("stopped").size() > 1); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const pid_t process = run.child_with("OMPI_COMM_WORLD_RANK=" + std::to_string(rank));
+  REQUIRE(process > 0);
+  for (int i = 0; i < 20; ++i) kill(process, number);
+  const auto result = run.wait();
+  INFO(result.output);
+  CHECK(result.code == 85);
+  CHECK(occurrences(result.output, "stopped by a signal after step") == 1);
+  CHECK_FALSE(fs::is_empty(shop.path("stopped/checkpoints")));
+}
+
+TEST_CASE("a run that is never finite ends with 4 and keeps its last good checkpoint", "[e2e]") {
+  const int ranks = GENERATE(0, 2, 4);
+  const Workshop shop;
+  shop.make_teacher();
+  const auto result = shop.train("wild", {"student.training_args.learning_rate=1e30", "max_steps=60", "save_steps=1",
+                                          "student.training_args.warmup_steps=0"},
+                                 ranks);
+  INFO(result.output);
+  CHECK(result.code == 4);
+  CHECK(occurrences(result.output, "not finite in 5 steps in a row") == 1);
+  CHECK_FALSE(fs::exists(shop.path("wild/finished")));
+}
+
+TEST_CASE("grids that do not fit the models are refused with those that do", "[e2e]") {
+  const Workshop shop({.teacher_layers = 2, .student_layers = 4});
+  shop.make_teacher();
+  const auto refused = [&](const Words& overrides, const char* ranks, const std::string& message) {
+    const auto result =
+        Process(shop.command(Words{"check", "--config", shop.path("run.yaml"), "--ranks", ranks} + overrides)).wait();
+    INFO(result.output);
+    CHECK(result.code == 2);
+    CHECK(occurrences(result.output, message) == 1);
+  };
+  refused(tp(3), "6",
+          "tensor_model_parallel_size: the student's 4 attention heads are no multiple of tp_size 3; grids that fit 3 "
+          "ranks a role: tp 1, pp 1, dp 3");
+  refused(pp(4), "8",
+          "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids that fit 4 ranks a role: "
+          "tp 1, pp 1, dp 4; tp 1, pp 2, dp 2; tp 2, pp 1, dp 2; tp 2, pp 2, dp 1; tp 4, pp 1, dp 1");
+}
