@@ -20,7 +20,8 @@ AppendFile::AppendFile(const std::string& path, Warn warn) : path_(path), warn_(
 AppendFile::~AppendFile() { close(descriptor_); }
 
 void AppendFile::cut(std::int64_t size) {
-  check_input(ftruncate(descriptor_, size) == 0, path_, ": cannot cut: ", std::strerror(errno));
+  const bool is_cut = ftruncate(descriptor_, size) == 0;
+  check_input(is_cut, path_, ": cannot cut: ", std::strerror(errno));
   end_ = size;
 }
 
