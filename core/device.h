@@ -69,6 +69,7 @@ class Device {
   virtual std::string name() const = 0;  // "cpu", "cuda:0"
   virtual int threads()
       const = 0;  // compute threads; sums depend on it, so it belongs to what makes runs bit-identical
+  virtual double peak_memory() const = 0;  // bytes: the most that this process has used so far
 
   // --- memory
   // ---------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ struct Part {
   const char *metric, *label;
 };
 constexpr std::array step_parts = {Part{"time/data_wait", "data"},     Part{"time/teacher_wait", "teacher wait"},
+                                   Part{"time/pipeline_bubble", "pipeline wait"},
                                    Part{"time/forward", "forward"},    Part{"time/loss", "loss"},
                                    Part{"time/backward", "backward"},  Part{"time/reduce", "reduce"},
                                    Part{"time/optimizer", "optimizer"}};

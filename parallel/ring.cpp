@@ -88,7 +88,9 @@ class RingSource final : public TeacherSource, private End {
     wait([this] { return is_there() || ring().other_closed(); });
     if (!is_there())
       throw Error(ExitCode::peer_lost, text(whom(), " has closed its end; ", self(), " still needs ", purpose()));
-    check_tag(ring().tag(slot()));
+    const ChunkTag& tag = ring().tag(slot());
+    check_tag(tag);
+    teacher_waited_ = tag.teacher_waited;
     return slot_view();
   }
   void release() override {
@@ -96,6 +98,7 @@ class RingSource final : public TeacherSource, private End {
     hand_over();
   }
   double seconds_waited() const override { return End::seconds_waited(); }
+  double teacher_seconds_waited() const override { return teacher_waited_; }
   std::int64_t bytes_moved() const override { return End::bytes_moved(); }
 
  private:
@@ -110,6 +113,8 @@ class RingSource final : public TeacherSource, private End {
     check(found.batch_hash == due_.batch_hash, "the logits channel: ", whom(), " and ", self(),
           " supervise different tokens in micro-batch ", due_.batch, ": the two read different data");
   }
+
+  double teacher_waited_ = 0;
 };
 
 class RingSink final : public LogitsSink, private End {
@@ -127,6 +132,7 @@ class RingSink final : public LogitsSink, private End {
   }
   void publish() override {
     check_held();
+    due_.teacher_waited = seconds_waited();
     ring().tag(slot()) = due_;
     hand_over();
   }

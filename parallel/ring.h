@@ -18,6 +18,7 @@ struct ChunkTag {
   std::uint64_t batch_hash;  // of what the micro-batch supervises
   std::uint64_t chunk;       // within the micro-batch
   std::int64_t positions;
+  double teacher_waited;  // seconds that the teacher has waited for free slots since the start
 };
 
 // One side of a ring. Chunk n lies in slot n modulo the number of slots.

@@ -25,6 +25,8 @@ class TeacherSource {
   virtual void release() = 0;
   // Total time spent waiting for the teacher.
   virtual double seconds_waited() const = 0;
+  // Total time the teacher has spent waiting for the student, as far as it is known here.
+  virtual double teacher_seconds_waited() const { return 0; }
   // Bytes of logits that came from another rank; none when the teacher runs in place.
   virtual std::int64_t bytes_moved() const { return 0; }
 };

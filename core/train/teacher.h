@@ -65,6 +65,7 @@ class HiddenTeacherSource : public TeacherSource {
   ConstView acquire(std::int64_t positions) override;
   void release() override {}
   double seconds_waited() const override { return channel_->seconds_waited(); }
+  double teacher_seconds_waited() const override { return channel_->teacher_seconds_waited(); }
   std::int64_t bytes_moved() const override { return channel_->bytes_moved(); }
 
  private:

@@ -27,7 +27,7 @@ double attention_pairs(const MicroBatch& batch) {
 
 // The step takes as long on every rank; what it was spent on differs.
 void average_over_ranks(StepTimes& times, Communicator& ranks) {
-  std::array<double, 9> sums{};
+  std::array<double, 12> sums{};
   for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = *times.all()[i];
   ranks.all_reduce(sums);
   for (std::size_t i = 0; i < sums.size(); ++i) *times.all()[i] = sums[i] / ranks.size();
@@ -63,12 +63,15 @@ std::vector<std::string> metric_names() {
           "system/channel_bytes",
           "time/data_wait",
           "time/teacher_wait",
+          "time/student_wait",
           "time/pipeline_bubble",
           "time/forward",
           "time/loss",
           "time/backward",
           "time/reduce",
-          "time/optimizer"};
+          "time/optimizer",
+          "time/checkpoint_stall",
+          "memory/peak"};
 }
 
 StepTimes& StepTimes::operator+=(StepTimes other) {
@@ -110,9 +113,11 @@ Trainer::End Trainer::run(TrainState& state) {
   const auto due = [&](std::int64_t period) { return period > 0 && state.step % period == 0; };
   std::int64_t saved = state.step;
   const auto save = [&] {
+    const Stopwatch watch(device_, times_.checkpoint);
     if (hooks_.save && saved != state.step) hooks_.save(state);
     saved = state.step;
   };
+  double checkpoints_reported = 0;
   while (state.step < options_.total_steps) {
     StepResult result;
     {
@@ -121,6 +126,7 @@ Trainer::End Trainer::run(TrainState& state) {
     }
     times_ += result.times;
     average_over_ranks(result.times, groups_.students);
+    const double peak_memory = groups_.students.all_reduce(device_.peak_memory(), Reduce::max);
     ++steps_run_;
     ++state.step;
     state.samples += result.batch.global_samples;
@@ -132,7 +138,14 @@ Trainer::End Trainer::run(TrainState& state) {
 
     const bool last = state.step == options_.total_steps, validate = validation_ && (due(options_.eval_steps) || last);
     MetricRecord metrics = record(state, result);
-    if (validate) metrics.values.emplace_back("student/val_loss", validation_loss());
+    // Of the checkpoints since the step before.
+    metrics.values.emplace_back("time/checkpoint_stall", times_.checkpoint - checkpoints_reported);
+    checkpoints_reported = times_.checkpoint;
+    metrics.values.emplace_back("memory/peak", peak_memory);
+    if (validate) {
+      const Stopwatch watch(device_, times_.validation);
+      metrics.values.emplace_back("student/val_loss", validation_loss());
+    }
     if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
     if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps)
       throw Error(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
@@ -201,7 +214,8 @@ void Trainer::forward(int m, double scale, StepResult& result) {
   }
   links_.send_output(out, batches_.size());
   if (!head_loss_) return;
-  const double waited = teacher_ ? teacher_->seconds_waited() : 0;
+  const double waited = teacher_ ? teacher_->seconds_waited() : 0,
+               teacher_waited = teacher_ ? teacher_->teacher_seconds_waited() : 0;
   {
     const Stopwatch watch(device_, result.times.loss);
     if (teacher_) teacher_->begin(micro);
@@ -210,6 +224,7 @@ void Trainer::forward(int m, double scale, StepResult& result) {
   const double wait = teacher_ ? teacher_->seconds_waited() - waited : 0;
   result.times.teacher += wait;
   result.times.loss -= wait;
+  if (teacher_) result.times.student_wait += teacher_->teacher_seconds_waited() - teacher_waited;
 }
 
 void Trainer::backward(int m, StepResult& result) {
@@ -313,11 +328,12 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
   add("system/samples", double(state.samples));
   add("system/tokens", double(state.tokens));
   add("system/supervised", double(r.batch.global_supervised));
-  add("system/pipeline_bubble", r.times.pipeline / r.times.total);
+  if (links_.stages() > 1) add("system/pipeline_bubble", r.times.pipeline / r.times.total);
   if (w != 0) add("system/channel_bytes", double(r.channel_bytes));
   add("time/data_wait", r.times.data);
   add("time/teacher_wait", r.times.teacher);
-  add("time/pipeline_bubble", r.times.pipeline);
+  if (w != 0) add("time/student_wait", r.times.student_wait);
+  if (links_.stages() > 1) add("time/pipeline_bubble", r.times.pipeline);
   add("time/forward", r.times.forward);
   add("time/loss", r.times.loss);
   add("time/backward", r.times.backward);

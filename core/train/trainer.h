@@ -49,8 +49,11 @@ std::vector<std::string> metric_names();
 // Where the time of one or more steps went, seconds. Names of metrics: time/….
 struct StepTimes {
   double data = 0, teacher = 0, pipeline = 0, forward = 0, loss = 0, backward = 0, reduce = 0, optimizer = 0, total = 0;
-  std::array<double*, 9> all() {
-    return {&data, &teacher, &pipeline, &forward, &loss, &backward, &reduce, &optimizer, &total};
+  double student_wait = 0;                // of the teacher, meanwhile
+  double validation = 0, checkpoint = 0;  // between steps
+  std::array<double*, 12> all() {
+    return {&data, &teacher, &pipeline, &forward, &loss, &backward, &reduce, &optimizer, &total, &student_wait,
+            &validation, &checkpoint};
   }
   StepTimes& operator+=(StepTimes other);
 };

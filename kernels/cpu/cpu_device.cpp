@@ -1,6 +1,7 @@
 #include "kernels/cpu/cpu_device.h"
 
 #include <omp.h>
+#include <sys/resource.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +16,12 @@ CpuDevice::CpuDevice(int threads) : threads_(threads), product_(threads), attent
   check(threads > 0, "CPU device with ", threads, " threads");
   omp_set_dynamic(0);
   omp_set_num_threads(threads);
+}
+
+double CpuDevice::peak_memory() const {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return double(usage.ru_maxrss) * 1024;  // reported in KiB
 }
 
 Buffer CpuDevice::allocate(std::size_t bytes) {

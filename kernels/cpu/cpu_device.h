@@ -17,6 +17,7 @@ class CpuDevice final : public Device {
 
   std::string name() const override { return "cpu"; }
   int threads() const override { return threads_; }
+  double peak_memory() const override;
   Buffer allocate(std::size_t bytes) override;
   void upload(View to, const void* host) override;
   void download(void* host, const ConstView& from) override;

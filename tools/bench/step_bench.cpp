@@ -1,6 +1,7 @@
 // One distillation step of known model pairs on one rank, both roles in turn: tokens per second and the share of the
 // rate that a large matrix product reaches in the same run.
-//   step_bench [pair] [dtype] [steps] [threads]     pair: quickstart, smollm2, qwen2.5; dtype: bf16, f32
+//   step_bench [pair] [dtype] [steps] [threads] [recompute]
+//     pair: quickstart, smollm2, qwen2.5; dtype: bf16, f32; recompute: none, full, selective
 #include <sys/resource.h>
 
 #include <cstdio>
@@ -61,6 +62,10 @@ double flops(const ModelSpec& s, bool trains, double tokens, double length) {
          (trains ? 12 : 4) * double(s.layers) * double(s.q_cols()) * tokens * (length + 1) / 2;
 }
 
+Recompute recompute_named(const std::string& name) {
+  return name == "full" ? Recompute::full : name == "selective" ? Recompute::selective : Recompute::none;
+}
+
 double peak_memory_gib() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
@@ -72,6 +77,7 @@ double peak_memory_gib() {
 int main(int argc, char** argv) {
   const std::string name = argc > 1 ? argv[1] : "quickstart";
   const DType dtype = argc > 2 && std::string(argv[2]) == "f32" ? DType::f32 : DType::bf16;
+  const Recompute recompute = argc > 5 ? recompute_named(argv[5]) : Recompute::none;
   const int steps = argc > 3 ? std::atoi(argv[3]) : 5,
             threads = argc > 4 ? std::atoi(argv[4]) : int(std::thread::hardware_concurrency());
   if (!pairs.contains(name)) {
@@ -94,7 +100,7 @@ int main(int argc, char** argv) {
                                    .supervised = data.most_supervised(),
                                    .longest = pair.sequence_length,
                                    .trains = true,
-                                   .recompute = Recompute::none};
+                                   .recompute = recompute};
   Transformer::Limits forward_only = limits;
   forward_only.trains = false;
   Transformer student(*device, pair.student, dtype, limits), teacher_model(*device, pair.teacher, dtype, forward_only);
@@ -131,4 +137,5 @@ int main(int argc, char** argv) {
       "memory %.2f GiB\n",
       name.c_str(), name_of(dtype).data(), tokens, seconds, tokens / seconds, work / seconds * 1e-9, peak * 1e-9,
       100 * work / seconds / peak, peak_memory_gib());
+  std::printf("activations of the student %.3f GiB\n", double(student.activation_bytes()) / (1 << 30));
 }
