@@ -83,7 +83,8 @@ Bytes through_channel(DType dtype, bool tied, Payload payload, Way way) {
                          pair.members()[std::size_t(1 - pair.rank())], pair.patience()};
     if (pair.rank() == 1) {
       const auto sink = way == Way::memory ? make_shared_sink(end) : open_message_sink(pair, 0, shape);
-      TeacherLoop{*rank.device, rank.teacher, rank.data, *sink, chunk, payload}.run(0, steps);
+      Alone stage;
+      TeacherLoop(*rank.device, rank.teacher, rank.data, sink.get(), chunk, payload, stage, stage).run(0, steps);
       return;
     }
     auto source = way == Way::memory ? make_shared_source(end) : open_message_source(pair, 1, shape);
