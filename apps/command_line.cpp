@@ -24,6 +24,7 @@ Examples:
   distill --config run.yaml resume_from_checkpoint=true        continue after an interruption
   distill check --config run.yaml --ranks 16                   validate and show the plan, without training
   distill encode --config run.yaml                             encode the records once, for all runs that follow
+  distill metrics run --plot train/loss,student/val_loss       look at a run, finished or not
 
 Exit codes:
   0   finished
@@ -36,7 +37,7 @@ Exit codes:
 // What the parser fills in before it is judged.
 struct Parsed {
   std::string config, config_path, config_name, max_time;
-  bool help_config = false, version = false;
+  bool help_config = false, version = false, needs_config = true;
   CommandLine line;
 };
 
@@ -45,7 +46,36 @@ struct CommandRow {
   Command command;
   std::string name, description;
   void (*add_options)(CLI::App& app, CommandLine& line);
+  bool needs_config = true;
 };
+
+void add_metrics_options(CLI::App& app, CommandLine& line) {
+  MetricsRequest& request = line.metrics;
+  // An override of the configuration is no name: it goes on to the options of distill.
+  const auto is_name = [](const std::string& word) {
+    return word.find('=') == std::string::npos ? "" : "expected a name, not key=value";
+  };
+  app.validate_positionals();
+  app.add_option("RUN", request.run, "The run's name (exp_name; its folder is in logging_dir), or the folder")
+      ->required()
+      ->check(CLI::Validator(is_name, ""))
+      ->type_name("");
+  auto* csv = app.add_flag("--csv", request.as_csv, "Print all values as CSV");
+  app.add_flag("--h5", request.from_hdf5, "Read metrics.h5 (default: metrics.csv where there is one)");
+  auto* plot = app.add_option("--plot", request.plot, "Plot metrics; several by commas or by more --plot")
+                   ->delimiter(',')
+                   ->allow_extra_args(false)
+                   ->excludes(csv)
+                   ->type_name("NAME");
+  app.add_flag("--summary")
+      ->description("Print a table: first, last, least, greatest, mean of the last tenth (the default)")
+      ->excludes(csv)
+      ->excludes(plot);
+  app.add_option("--svg", request.svg, "Plot into this SVG file, which every browser shows (there is no PNG)")
+      ->needs(plot)
+      ->type_name("FILE");
+  app.add_flag("--log", request.log, "Plot on a logarithmic axis")->needs(plot);
+}
 
 const std::vector<CommandRow>& commands() {
   static const std::vector<CommandRow> rows = {
@@ -58,6 +88,8 @@ const std::vector<CommandRow>& commands() {
       {Command::encode, "encode",
        "Encode the records and keep them in <output_dir>/encoded, where later runs with the same data find them",
        [](CLI::App&, CommandLine&) {}},
+      {Command::metrics, "metrics", "Look at the metrics of a run: finished, going on or killed", add_metrics_options,
+       /*needs_config=*/false},
   };
   return rows;
 }
@@ -85,7 +117,10 @@ void add_options(CLI::App& app, Parsed& parsed) {
     sub->fallthrough();
     sub->footer("The options and overrides of distill apply as well: distill --help");
     row.add_options(*sub, parsed.line);
-    sub->callback([&parsed, &row] { parsed.line.command = row.command; });
+    sub->callback([&parsed, &row] {
+      parsed.line.command = row.command;
+      parsed.needs_config = row.needs_config;
+    });
   }
   app.footer(std::string(footer));
   app.allow_extras();
@@ -184,7 +219,8 @@ CommandLine parse_command_line(std::span<const std::string> arguments, const std
   if (parsed.help_config) return printing(config_help());
   if (parsed.version) return printing(version());
   check_overrides(parsed);
-  parsed.line.config = config_file(parsed);
+  const bool names_config = !parsed.config.empty() || !parsed.config_name.empty() || !parsed.config_path.empty();
+  if (parsed.needs_config || names_config) parsed.line.config = config_file(parsed);
   if (!parsed.max_time.empty()) parsed.line.overrides.push_back("max_time=" + parsed.max_time);
   return parsed.line;
 }

@@ -13,7 +13,16 @@ enum class Command {
   train,
   check,
   encode,
+  metrics,
   print  // --help, --help-config, --version: show CommandLine::output and leave with 0
+};
+
+// distill metrics
+struct MetricsRequest {
+  std::string run;  // its name, or a folder
+  bool as_csv = false, from_hdf5 = false, log = false;
+  std::vector<std::string> plot;  // names; none: the summary
+  std::string svg;                // the file to plot into; none: the terminal
 };
 
 struct CommandLine {
@@ -21,6 +30,7 @@ struct CommandLine {
   std::filesystem::path config;
   std::vector<std::string> overrides;  // key=value, in the order given; --max-time is one of them
   int ranks = 0;                       // check: ranks to plan for; 0: as many as were started
+  MetricsRequest metrics;
   std::string output;
 };
 

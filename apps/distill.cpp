@@ -10,6 +10,7 @@
 #include "apps/command_line.h"
 #include "apps/encode_command.h"
 #include "apps/job.h"
+#include "apps/metrics_command.h"
 #include "apps/models.h"
 #include "apps/progress.h"
 #include "apps/run_plan.h"
@@ -54,6 +55,12 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
   world.run_together([&] { command = parse_command_line(arguments, version_text); });
   if (command.command == Command::print) {
     if (speaks) std::cout << command.output;
+    return ExitCode::ok;
+  }
+  if (command.command == Command::metrics) {
+    world.run_together([&] {
+      if (speaks) std::cout << show_metrics(command);
+    });
     return ExitCode::ok;
   }
   threads = compute_threads(world);

@@ -67,6 +67,34 @@ TEST_CASE("a time limit is an override that wins") {
         Words{"max_time=1h", "max_time=3h55m"});
 }
 
+TEST_CASE("metrics of a run need no configuration") {
+  const CommandLine line = parse({"metrics", "demo", "--h5"});
+  CHECK(line.command == Command::metrics);
+  CHECK(line.config.empty());
+  CHECK(line.metrics.run == "demo");
+  CHECK(line.metrics.from_hdf5);
+  CHECK(line.metrics.plot.empty());
+  const std::vector<Words> orders = {
+      {"metrics", "demo", "--plot", "a,b", "--plot", "c", "--log", "--svg", "x.svg", "logging_dir=logs"},
+      {"logging_dir=logs", "metrics", "--plot", "a,b", "demo", "--svg=x.svg", "--log", "--plot", "c"},
+      {"--log", "--plot=a,b", "--svg", "x.svg", "--plot", "c", "metrics", "logging_dir=logs", "demo"}};
+  for (const Words& words : orders) {
+    const CommandLine plots = parse(words);
+    CHECK(plots.metrics.run == "demo");
+    CHECK(plots.metrics.plot == Words{"a", "b", "c"});
+    CHECK(plots.metrics.log);
+    CHECK(plots.metrics.svg == "x.svg");
+    CHECK(plots.overrides == Words{"logging_dir=logs"});
+  }
+  CHECK(parse({"metrics", "--summary", "--config", "x.yaml", "demo"}).config == "x.yaml");
+  CHECK(error_of({"metrics"}) == "command line: RUN is required; see distill --help");
+  CHECK(error_of({"metrics", "logging_dir=logs"}) == "command line: RUN is required; see distill --help");
+  CHECK(error_of({"metrics", "demo", "more"}) == "unexpected argument 'more': expected key=value");
+  CHECK(error_of({"metrics", "demo", "--csv", "--plot", "a"}) ==
+        "command line: --csv excludes --plot; see distill --help");
+  CHECK(error_of({"metrics", "demo", "--svg", "x.svg"}) == "command line: --svg requires --plot; see distill --help");
+}
+
 TEST_CASE("help and version are texts to print") {
   const CommandLine help = parse({"--help"});
   CHECK(help.command == Command::print);

@@ -318,6 +318,49 @@ TEST_CASE("what keeps two ranks from starting after the plan is said once, witho
   refused("no-config", {}, shop.path("no-config/config.yaml") + ": ", 1);
 }
 
+TEST_CASE("metrics of a run are looked at afterwards", "[e2e]") {
+  const Workshop shop;
+  REQUIRE(shop.train("demo", {"student_pretrain=" + shop.path("teacher"), "distill_loss_weight=0"}).code == 0);
+  const auto metrics = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), "metrics");
+    return Process(shop.command(arguments)).wait();
+  };
+  const std::string folder = shop.path("logs/demo"), logs = "logging_dir=" + shop.path("logs");
+  const auto summary = metrics({"demo", logs});
+  INFO(summary.output);
+  CHECK(summary.code == 0);
+  CHECK_THAT(summary.output, Catch::Contains("logs/demo: steps 1 to 6, "));
+  CHECK_THAT(summary.output, Catch::Contains("mean of last 10%"));
+  CHECK_THAT(summary.output, Catch::Contains("student/val_loss          nat"));
+  CHECK_THAT(summary.output, !Catch::Contains("topk_mass"));  // which no step reported
+  // Where the run is, said in other ways; metrics.h5 holds the same.
+  CHECK(metrics({folder}).output == summary.output);
+  CHECK(metrics({"demo", "--config", shop.path("run.yaml"), "--h5"}).output == summary.output);
+  CHECK(metrics({"demo", logs, "--csv"}).output == contents(folder + "/metrics.csv"));
+  CHECK(metrics({"demo", logs, "--csv", "--h5"}).output == contents(folder + "/metrics.csv"));
+
+  const auto plot = metrics({folder, "--plot", "train/loss"});
+  CHECK(plot.code == 0);
+  CHECK_THAT(plot.output, Catch::Contains("train/loss [nat]"));
+  const std::string file = shop.path("loss.svg");
+  CHECK(metrics({folder, "--plot", "train/loss,student/val_loss", "--log", "--svg", file}).output ==
+        "written: " + file + "\n");
+  CHECK_THAT(contents(file), Catch::Contains(">student/val_loss</text>"));
+
+  const auto refused = [&](std::vector<std::string> arguments, const std::string& message) {
+    const auto result = metrics(std::move(arguments));
+    CHECK(result.code == 2);
+    CHECK_THAT(result.output, Catch::Contains(message));
+  };
+  refused({"dem", logs}, "no metrics of a run 'dem': expected metrics.csv or metrics.h5 in " + shop.path("logs/dem"));
+  refused({folder, "--plot", "train/los"}, "no metric 'train/los': did you mean 'train/loss'?");
+  refused({folder, "--plot", "x"}, "no metric 'x': expected one of train/loss, ");
+  refused({folder, "--plot", "train/loss", "--svg", shop.path("no/x.svg")}, "no/x.svg: no folder " + shop.path("no"));
+  refused({"demo", logs, "loging_dir=x"}, "did you mean 'logging_dir'?");
+  fs::remove(folder + "/metrics.csv");
+  CHECK(metrics({folder}).output == summary.output);
+}
+
 TEST_CASE("the configured patience decides when a silent rank is given up", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();

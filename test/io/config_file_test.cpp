@@ -560,21 +560,229 @@ TEST_CASE("a value whose feature is not there yet is an error where it is writte
   };
   const auto wrong = GENERATE(values<Case>({
       {"device: cuda", "device: cuda is not built into this binary: expected auto or cpu"},
-      {"teacher_payload: hidden", "teacher_payload: hidden is not yet supported: expected auto or logits"},
-      {"logits_transfer_backend: nccl-only",
-       "logits_transfer_backend: nccl-only is not yet supported: expected ipc+nccl"},
-      {"logits_transfer_backend: nccl_only",
-       "logits_transfer_backend: nccl-only is not yet supported: expected ipc+nccl"},
       {"profiler_timeline: true", "profiler_timeline: true is not yet supported: expected false"},
-      {"teacher: {strategy_args: {strategy_config: {tensor_model_parallel_size: 2}}}",
-       "teacher.strategy_args.strategy_config.tensor_model_parallel_size: more than 1 is not yet supported: expected "
-       "1"},
-      {"teacher: {strategy_args: {strategy_config: {tp_size: 2}}}",
-       "teacher.strategy_args.strategy_config.tensor_model_parallel_size: more than 1 is not yet supported: expected "
-       "1"},
-      {"teacher: {strategy_args: {strategy_config: {pipeline_model_parallel_size: 2}}}",
-       "teacher.strategy_args.strategy_config.pipeline_model_parallel_size: more than 1 is not yet supported: expected "
-       "1"},
+      {"teacher: {strategy_args: {strategy_config: {virtual_pipeline_model_parallel_size: 2}}}",
+       "teacher.strategy_args.strategy_config.virtual_pipeline_model_parallel_size: more than 1 is not yet supported: "
+       "expected 1"},
+      {"teacher: {strategy_args: {strategy_config: {context_parallel_size: 2}}}",
+       "teacher.strategy_args.strategy_config.context_parallel_size: more than 1 is not yet supported: expected 1"},
+  }));
+  CHECK(error_of(needed + wrong.line + "\n") == "x.yaml:6: " + wrong.message);
+}
+
+TEST_CASE("a long wrong value is shortened") {
+  const std::string message = error_of(needed + "seed: " + std::string(500, 'x'));
+  CHECK(message == "x.yaml:6: seed: expected an integer at least 0, found '" + std::string(80, 'x') + "...'");
+}
+
+TEST_CASE("unknown keys") {
+  CHECK(error_of(needed + "sead: 1\n") == "x.yaml:6: unknown key 'sead': did you mean 'seed'?");
+  CHECK(error_of("studnet_pretrain: s\n") ==
+        "x.yaml:1: unknown key 'studnet_pretrain': did you mean 'student_pretrain'?");
+  CHECK(error_of(needed + "  training_args:\n    learning_rat: 1\n") ==
+        "x.yaml:7: unknown key 'student.training_args.learning_rat': did you mean "
+        "'student.training_args.learning_rate'?");
+  CHECK(error_of(needed + "learning_rate: 1\n") ==
+        "x.yaml:6: unknown key 'learning_rate': did you mean 'student.training_args.learning_rate'?");
+  CHECK(error_of(needed + "zzz: 1\n") == "x.yaml:6: unknown key 'zzz': distill --help-config lists all keys");
+  CHECK(error_of(needed, {"teacher.model_args.dtyp=fp32"}) ==
+        "command line 'teacher.model_args.dtyp=fp32': unknown key 'teacher.model_args.dtyp': did you mean "
+        "'teacher.model_args.dtype'?");
+  CHECK(error_of(needed, {"a.b=1"}) == "command line 'a.b=1': unknown key 'a': distill --help-config lists all keys");
+}
+
+TEST_CASE("an unknown key that other values refer to is a variable of the file") {
+  const ConfigFile file = parse(needed + "lr: 1e-3\nnames: {run: mine}\nexp_name: ${names.run}\n" +
+                                "teacher: {training_args: {learning_rate: '${lr}'}}\n");
+  CHECK(file.config.exp_name == "mine");
+  CHECK(file.config.teacher.training_args.learning_rate == 1e-3);
+}
+
+TEST_CASE("keys without a meaning here may hold anything and give one warning") {
+  const ConfigFile file =
+      parse(needed + "  worker_cls: a.b.C\nhydra: {run: {dir: '${now:%Y}'}}\nrpc_timeout: [\"${nothing}\"]\n" +
+            "teacher: {training_args: {max_grad_norm: 3}, strategy_args: {strategy_config: {bf16: true}}}\n" +
+            "validation: {generating_args: {top_k: 1}, data_args: {tag: x}}\n");
+  REQUIRE(file.warnings.size() == 1);
+  CHECK(file.warnings[0] ==
+        "x.yaml: keys that have no meaning here are ignored: hydra, rpc_timeout, student.worker_cls, "
+        "teacher.strategy_args.strategy_config.bf16, teacher.training_args.max_grad_norm, validation.data_args.tag, "
+        "validation.generating_args");
+}
+
+TEST_CASE("sinks of other programs") {
+  const ConfigFile file = parse(needed + "track_with: [wandb, csv, swanlab]\n");
+  CHECK(file.config.track_with == std::vector<std::string>{"csv"});
+  CHECK(file.warnings ==
+        std::vector<std::string>{
+            "x.yaml:6: track_with: wandb, swanlab is not available here and ignored: metrics go to [csv]"});
+}
+
+TEST_CASE("offloading is accepted with a warning") {
+  const ConfigFile file = parse(needed + "is_offload_states: true\n");
+  CHECK(file.warnings == std::vector<std::string>{
+                             "x.yaml:6: is_offload_states: true has no effect yet: all states stay in device memory"});
+}
+
+TEST_CASE("other spellings of keys") {
+  CHECK(read(needed + "  training_args: {max_grad_norm: 2}\n").max_grad_norm == 2);
+  CHECK(read(needed + "  training_args: {max_grad_norm: 2}\nmax_grad_norm: 2\n").max_grad_norm == 2);
+  CHECK(read(needed + "  training_args: {max_grad_norm: 1.0}\nmax_grad_norm: 1\n").max_grad_norm == 1);
+  CHECK(read(needed + "  training_args: {max_grad_norm: ~}\nmax_grad_norm: 2\n").max_grad_norm == 2);
+  CHECK(read(needed + "logits_transfer_backend: ipc+nccl\n").logits_transfer_backend == LogitsTransfer::shared_memory);
+  CHECK(parse_config("logits_transfer_backend: nccl_only", "x.yaml", {}).config.logits_transfer_backend ==
+        LogitsTransfer::network);
+  const Config config =
+      parse_config("teacher: {strategy_args: {strategy_config: {tp_size: 2, pp_size: 3}}}", "x", {}).config;
+  CHECK(config.teacher.strategy_args.strategy_config.tensor_model_parallel_size == 2);
+  CHECK(config.teacher.strategy_args.strategy_config.pipeline_model_parallel_size == 3);
+  CHECK(
+      error_of(needed + "  training_args: {max_grad_norm: 1}\nmax_grad_norm: 2\n") ==
+      "x.yaml:6: student.training_args.max_grad_norm is '1', but max_grad_norm is '2' (x.yaml:7): expected one of the "
+      "two keys");
+}
+
+TEST_CASE("a key given twice") {
+  CHECK(error_of(needed + "seed: 1\nmax_steps: 2\nseed: 3\n") ==
+        "x.yaml:8: key 'seed' is given twice: first at x.yaml:6");
+  CHECK(error_of("student:\n  data_args: {file_name: a,\n    file_name: b}\n") ==
+        "x.yaml:3: key 'file_name' is given twice: first at x.yaml:2");
+  CHECK(error_of("hydra:\n  a: 1\n  a: 1\n") == "x.yaml:3: key 'a' is given twice: first at x.yaml:2");
+}
+
+TEST_CASE("anchors and merge keys") {
+  const Config config = read(
+      "student_pretrain: s\n"
+      "teacher_pretrain: t\n"
+      "student: &role\n"
+      "  data_args: {file_name: d.json}\n"
+      "  infer_batch_size: 3\n"
+      "  training_args: &args {learning_rate: 1e-3, warmup_steps: 5}\n"
+      "teacher:\n"
+      "  <<: *role\n"
+      "  infer_batch_size: 4\n"
+      "  training_args:\n"
+      "    <<: [{warmup_steps: 6}, *args]\n");
+  CHECK(config.student.infer_batch_size == 3);
+  CHECK(config.teacher.infer_batch_size == 4);  // what is written wins over what is merged
+  CHECK(config.teacher.data_args.file_name == std::vector<std::string>{"d.json"});
+  CHECK(config.teacher.training_args.warmup_steps == 6);  // the first of several wins
+  CHECK(config.teacher.training_args.learning_rate == 1e-3);
+
+  CHECK(error_of("student: {<<: 5}\n") == "x.yaml:1: <<: expected a section or a list of sections, found '5'");
+  CHECK(error_of("a: &x {seed: q}\nteacher: {<<: [*x, y]}\n") ==
+        "x.yaml:2: <<: expected a section or a list of sections, found 'y'");
+}
+
+TEST_CASE("what is no configuration") {
+  CHECK(error_of("a: [1\n") == "x.yaml:2: is not valid YAML: end of sequence flow not found");
+  CHECK(error_of("seed: 1\n  max_steps: 2\n") == "x.yaml:2: is not valid YAML: illegal map value");
+  CHECK(error_of("a: *b\n") == "x.yaml:1: is not valid YAML: the referenced anchor is not defined");
+  CHECK(error_of("just text") == "x.yaml: expected lines 'key: value', found 'just text'");
+  CHECK(error_of("- a\n- b\n") == "x.yaml: expected lines 'key: value', found a list");
+  CHECK(error_of("seed: 1\n---\nseed: 2\n") == "x.yaml: holds 2 YAML documents: expected one");
+  CHECK(error_of("[a, b]: 1\n") == "x.yaml:1: has a key that is no plain name");
+  CHECK(error_of("exp_name: !!python/object:os.system x\n") ==
+        "x.yaml:1: has the tag tag:yaml.org,2002:python/object:os.system: expected plain values");
+  CHECK(error_of("exp_name: !env HOME\n") == "x.yaml:1: has the tag !env: expected plain values");
+}
+
+TEST_CASE("aliases cannot make a file endless") {
+  std::string bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n";
+  for (int i = 1; i < 9; ++i) {
+    const std::string before = "*a" + std::to_string(i - 1);
+    bomb += "a" + std::to_string(i) + ": &a" + std::to_string(i) + " [" + before;
+    for (int k = 0; k < 9; ++k) bomb += ", " + before;
+    bomb += "]\n";
+  }
+  CHECK_THAT(error_of(bomb),
+             Catch::Contains("is nested too deep or too large: expected at most 100 levels and 20000 values"));
+  CHECK_THAT(error_of("a: &a [*a]\n"), Catch::Contains("is nested too deep or too large"));
+  CHECK_THAT(error_of("a: " + std::string(300, '[') + std::string(300, ']')), Catch::Contains("is nested too deep"));
+}
+
+TEST_CASE("files that cannot be read") {
+  const auto message = [](const std::string& path) -> std::string {
+    try {
+      read_config(path, {}, {});
+    } catch (const Error& e) {
+      CHECK(e.code() == ExitCode::bad_input);
+      return e.what();
+    }
+    return "no error";
+  };
+  const std::string folder = DISTILL_BINARY_DIR;
+  CHECK(message(folder + "/missing.yaml") == folder + "/missing.yaml: no such configuration file");
+  CHECK(message(folder) == folder + ": is a folder: expected a configuration file");
+  const std::string large = folder + "/config_file_test_large.yaml";
+  std::ofstream(large) << std::string(2 << 20, '#');
+  CHECK(message(large) == large + ": has 2097152 bytes: expected a configuration of at most 1048576");
+  std::filesystem::remove(large);
+  const std::string closed = folder + "/config_file_test_closed.yaml";
+  std::ofstream(closed) << "seed: 1\n";
+  {
+    const test::Limit no_more_files(RLIMIT_NOFILE, 0);
+    CHECK(message(closed) == closed + ": cannot be read");
+  }
+  std::filesystem::remove(closed);
+}
+
+TEST_CASE("overrides win over the file") {
+  const std::string file = needed + "  training_args: {learning_rate: 1e-3, warmup_steps: 5}\nseed: 1\n";
+  const Config config = read(file, {"seed=2", "student.training_args.learning_rate=1e-4", "teacher.infer_batch_size=3",
+                                    "track_with=[csv]", "exp_name=a=b", "student.device_mapping=list(range(0,2))",
+                                    "validation={data_args: {file_name: v.json}}", "max_steps=1", "max_steps=7"});
+  CHECK(config.seed == 2);
+  CHECK(config.student.training_args.learning_rate == 1e-4);
+  CHECK(config.student.training_args.warmup_steps == 5);
+  CHECK(config.teacher.infer_batch_size == 3);
+  CHECK(config.exp_name == "a=b");
+  CHECK(config.student.device_mapping == std::vector<int>{0, 1});
+  CHECK(config.validation.data_args.file_name == std::vector<std::string>{"v.json"});
+  CHECK(config.max_steps == 7);
+  CHECK(read(file, {"seed=~"}).seed == 42);
+  CHECK(read(file, {"seed="}).seed == 42);
+  CHECK(read("seed: 3\nexp_name: run-${seed}\n" + needed, {"seed=4"}).exp_name == "run-4");
+  CHECK(read(file, {"exp_name=run-${seed}"}).exp_name == "run-1");
+  CHECK(read(file, {"student={infer_batch_size: 2}"}).student.training_args.warmup_steps == 5);
+}
+
+TEST_CASE("wrong overrides are named in place of a line") {
+  CHECK(error_of(needed, {"seed=x"}) == "command line 'seed=x': seed: expected an integer at least 0, found 'x'");
+  CHECK(error_of(needed, {"seed"}) == "command line 'seed': expected key=value");
+  CHECK(error_of(needed, {"=5"}) == "command line '=5': expected a dotted key before '=', found ''");
+  CHECK(error_of(needed, {"student..x=5"}) ==
+        "command line 'student..x=5': expected a dotted key before '=', found 'student..x'");
+  CHECK(error_of(needed, {"seed.x=5"}) ==
+        "command line 'seed.x=5': seed: expected an integer at least 0, found a section");
+  CHECK(error_of(needed + "seed: 1\n", {"seed.x=5"}) ==
+        "command line 'seed.x=5': 'seed' is no section but '1' (x.yaml:6)");
+  CHECK(error_of(needed, {"track_with=[csv"}) ==
+        "command line 'track_with=[csv': is not valid YAML: end of sequence flow not found");
+  CHECK(error_of(needed, {"teacher_pretrain=~"}) ==
+        "x.yaml: teacher_pretrain: is missing: expected the Hugging Face folder of the teacher model (or "
+        "teacher.model_args.model_name_or_path); distill_loss_weight: 0 needs no teacher");
+}
+
+TEST_CASE("rules between keys name the line of the key") {
+  CHECK(error_of("") ==
+        "x.yaml: student_pretrain: is missing: expected the Hugging Face folder of the student model (or "
+        "student.model_args.model_name_or_path)");
+  CHECK(error_of("student_pretrain: s\nteacher_pretrain: t\n") ==
+        "x.yaml: student.data_args.file_name: is missing: expected the path of the training records");
+  CHECK(error_of(needed + "peer_timeout: 5s\n") ==
+        "x.yaml:6: peer_timeout: is 5 s: expected at least peer_dead_after, 20 s");
+  CHECK(read("student_pretrain: s\ndistill_loss_weight: 0\nstudent: {data_args: {file_name: d}}\n").teacher ==
+        WorkerConfig());
+}
+
+TEST_CASE("a value whose feature is not there yet is an error where it is written") {
+  struct Case {
+    std::string line, message;
+  };
+  const auto wrong = GENERATE(values<Case>({
+      {"device: cuda", "device: cuda is not built into this binary: expected auto or cpu"},
+      {"profiler_timeline: true", "profiler_timeline: true is not yet supported: expected false"},
       {"teacher: {strategy_args: {strategy_config: {virtual_pipeline_model_parallel_size: 2}}}",
        "teacher.strategy_args.strategy_config.virtual_pipeline_model_parallel_size: more than 1 is not yet supported: "
        "expected 1"},
