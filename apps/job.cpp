@@ -245,7 +245,7 @@ ExitCode run_job(const RunPlan& plan, Communicator& world, int threads, Clock::t
       config.peak_flops.value ? *config.peak_flops.value : measure_peak_flops(*device, config.student.model_args.dtype);
   TrainerHooks hooks;
   hooks.report = [&](const MetricRecord& record) {
-    for (const auto& sink : sinks) sink->write(record);
+    for (const auto& output : sinks) output->write(record);
   };
   hooks.save = [&](const TrainState& at) {
     groups.role->run_together([&] {
