@@ -288,6 +288,7 @@ CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads
   run.config = to_yaml(config);
   run.seed = std::uint64_t(config.seed);
   run.threads = threads;
+  run.grid = {grid.sizes.tp, grid.sizes.pp, grid.sizes.dp};
   run.samples_per_step = std::int64_t(t.per_device_train_batch_size) * t.gradient_accumulation_steps * grid.sizes.dp;
   return run;
 }

@@ -8,8 +8,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
-#include <limits>
+#include <map>
 
 #include "core/error.h"
 #include "io/crc32c.h"
@@ -32,9 +33,13 @@ std::string shard_name(const StoredPlace& place) {
   return text("student-pp", place.pp, "-tp", place.tp, "-dp", place.dp, ".h5");
 }
 
-std::string describe(const StoredMatrix& m) {
-  return text(name_of(m.dtype), " [", m.rows, ", ", m.cols, "] at [", m.first_row, ", ", m.first_col, "] of [",
-              m.whole_rows, ", ", m.whole_cols, ']');
+std::string utc_now() {
+  const std::time_t now = std::time(nullptr);
+  std::tm parts{};
+  gmtime_r(&now, &parts);
+  std::array<char, 32> out{};
+  std::strftime(out.data(), out.size(), "%Y-%m-%dT%H:%M:%SZ", &parts);
+  return out.data();
 }
 
 StoredMatrix stored(const CheckpointTensor& tensor) {
@@ -94,42 +99,50 @@ void CheckpointFolder::save(const TrainState& state, const std::vector<Checkpoin
     partial = out.emplace(path).partial();
   });
   partial = ranks_.broadcast(partial, 0);
-  StoredShard mine;
+  std::optional<StoredShard> mine;
   ranks_.run_together([&] { mine = write_shard(partial, tensors); });
-  const std::vector<std::string> shards = ranks_.all_gather(to_json(mine));
+  const std::vector<std::string> shards = ranks_.all_gather(mine ? to_json(*mine) : "");
   ranks_.run_together([&] {
     if (!is_first) return;
-    CheckpointManifest manifest{.serial = serial_ + 1, .state = state, .run = run_, .shards = {}};
-    for (const std::string& shard : shards) manifest.shards.push_back(parse_shard(shard));
+    CheckpointManifest manifest{.serial = serial_ + 1, .written = utc_now(), .state = state, .run = run_, .shards = {}};
+    for (const std::string& shard : shards)
+      if (!shard.empty()) manifest.shards.push_back(parse_shard(shard));
     write_durably(fs::path(partial) / "manifest.json", to_json(manifest));
     out->commit();
     ++serial_;
   });
   if (keep_ == 0) return;
-  ranks_.run_together([&] { check_shard(path, mine); });
+  ranks_.run_together([&] {
+    if (mine) check_shard(path, *mine);
+  });
   ranks_.run_together([&] {
     if (is_first) prune(path);
   });
 }
 
-StoredShard CheckpointFolder::write_shard(const std::string& folder,
-                                          const std::vector<CheckpointTensor>& tensors) const {
+std::optional<StoredShard> CheckpointFolder::write_shard(const std::string& folder,
+                                                         const std::vector<CheckpointTensor>& tensors) const {
+  constexpr std::uint64_t frame = 1 << 16, frame_of_dataset = 1 << 10;  // more than HDF5's own structures need
+  std::uint64_t bytes = 0;
+  for (const CheckpointTensor& t : tensors)
+    if (t.data.size() > 0) bytes += frame_of_dataset + std::uint64_t(t.data.size()) * size_of(t.data.dtype);
+  if (bytes == 0) return std::nullopt;
   StoredShard shard;
   shard.file = shard_name(place_);
   const std::string path = fs::path(folder) / shard.file;
-  constexpr std::uint64_t frame = 1 << 16, frame_of_dataset = 1 << 10;  // more than HDF5's own structures need
-  std::uint64_t bytes = frame;
-  for (const CheckpointTensor& t : tensors)
-    bytes += frame_of_dataset + std::uint64_t(t.data.size()) * size_of(t.data.dtype);
-  check_space(path, bytes);
+  check_space(path, frame + bytes);
   Hdf5Writer file(path);
+  std::map<std::string, int> parts;  // so far, by tensor
   for (const CheckpointTensor& tensor : tensors) {
+    if (tensor.data.size() == 0) continue;
+    StoredMatrix matrix = stored(tensor);
+    if (const int part = parts[tensor.name]++; part > 0) matrix.name += text('#', part);
     std::uint32_t crc = 0;
-    const FileRange range = file.write(stored(tensor), [&](const Slab& slab, std::span<std::byte> values) {
+    const FileRange range = file.write(matrix, [&](const Slab& slab, std::span<std::byte> values) {
       device_.download(values.data(), part(tensor, slab));
       crc = crc32c(values, crc);
     });
-    shard.datasets.push_back({tensor.name, range, crc});
+    shard.datasets.push_back({tensor.name, matrix, range, crc});
   }
   file.close();
   shard.bytes = fs::file_size(path);
@@ -148,12 +161,7 @@ std::optional<std::string> CheckpointFolder::newest() {
     const std::string path = ranks_.broadcast(i < candidates.size() ? candidates[i].path : "", 0);
     if (path.empty()) return std::nullopt;
     try {
-      // Each rank reads its part of the shards.
-      ranks_.run_together([&] {
-        const std::vector<StoredShard> shards = read_manifest(path).shards;
-        for (std::size_t s = std::size_t(ranks_.rank()); s < shards.size(); s += std::size_t(ranks_.size()))
-          check_shard(path, shards[s]);
-      });
+      ranks_.run_together([&] { check_every_byte(path); });
       return path;
     } catch (const Error& problem) {
       if (problem.code() == ExitCode::peer_lost) throw;
@@ -162,42 +170,47 @@ std::optional<std::string> CheckpointFolder::newest() {
   }
 }
 
-TrainState CheckpointFolder::load(const std::string& path, const std::vector<CheckpointTensor>& tensors) {
-  TrainState state;
-  ranks_.run_together([&] {
-    const CheckpointManifest manifest = read_manifest(path);
-    for (const std::string& difference : check_continues(path, manifest, run_)) warn(difference);
-    const std::string mine = shard_name(place_);
-    const auto shard = std::find_if(manifest.shards.begin(), manifest.shards.end(),
-                                    [&](const StoredShard& s) { return s.file == mine; });
-    check_input(shard != manifest.shards.end(), path, ": its manifest names no ", mine);
-    read_shard(path, *shard, tensors);
-    state = manifest.state;
-  });
-  return state;
+// Each rank reads its share of the files.
+void CheckpointFolder::check_every_byte(const std::string& path) const {
+  const std::vector<StoredShard> shards = read_manifest(path).shards;
+  for (std::size_t s = std::size_t(ranks_.rank()); s < shards.size(); s += std::size_t(ranks_.size()))
+    check_shard(path, shards[s]);
 }
 
-void CheckpointFolder::read_shard(const std::string& folder, const StoredShard& shard,
-                                  const std::vector<CheckpointTensor>& tensors) const {
-  check_shard_frame(folder, shard);  // HDF5 is not made for damaged files, so it sees none
-  const std::string path = fs::path(folder) / shard.file;
-  check_input(shard.datasets.size() == tensors.size(), path, ": holds ", shard.datasets.size(),
-              " tensors, this run has ", tensors.size(), ": another model or another dtype");
-  const Hdf5Reader file(path);
-  for (const CheckpointTensor& tensor : tensors) {
-    const auto record = std::find_if(shard.datasets.begin(), shard.datasets.end(),
-                                     [&](const StoredDataset& d) { return d.name == tensor.name; });
-    check_input(record != shard.datasets.end(), path, ": has no ", tensor.name, ": another model or another dtype");
-    const std::string found = describe(file.describe(tensor.name)), wanted = describe(stored(tensor));
-    check_input(found == wanted, path, ": ", tensor.name, " is ", found, ", this run has ", wanted);
-    std::uint32_t crc = 0;
-    file.read(stored(tensor), [&](const Slab& slab, std::span<const std::byte> values) {
-      crc = crc32c(values, crc);
-      device_.upload(part(tensor, slab), values.data());
-    });
-    check_input(crc == record->crc, path, ": ", tensor.name, " is damaged (its checksum does not match)");
-  }
-  device_.synchronize();
+TrainState CheckpointFolder::load(const std::string& path, const std::vector<CheckpointTensor>& tensors) {
+  std::optional<CheckpointReader> reader;
+  ranks_.run_together([&] {
+    reader.emplace(path, read_manifest(path), shard_name(place_));
+    for (const std::string& difference : check_continues(path, reader->manifest(), run_)) warn(difference);
+    for (const CheckpointTensor& tensor : tensors) reader->check_holds(stored(tensor));
+  });
+  check_all_wanted(*reader, tensors);
+  ranks_.run_together([&] { check_every_byte(path); });
+  ranks_.run_together([&] {
+    std::vector<std::byte> bytes;
+    for (const CheckpointTensor& tensor : tensors) {
+      bytes.resize(std::size_t(tensor.data.size()) * size_of(tensor.data.dtype));
+      reader->read(stored(tensor), bytes);
+      device_.upload(tensor.data, bytes.data());
+    }
+    device_.synchronize();
+  });
+  return reader->manifest().state;
+}
+
+// What no rank wants belongs to a state of another kind: masters, say, of a run with 16-bit parameters.
+void CheckpointFolder::check_all_wanted(const CheckpointReader& reader,
+                                        const std::vector<CheckpointTensor>& tensors) const {
+  std::map<std::string, std::size_t> index;
+  for (const auto& [name, whole] : reader.tensors()) index.emplace(name, index.size());
+  std::vector<std::int64_t> is_wanted(index.size());
+  for (const CheckpointTensor& tensor : tensors) is_wanted[index.at(tensor.name)] = 1;
+  ranks_.all_reduce(is_wanted, Reduce::max);
+  ranks_.run_together([&] {
+    for (const auto& [name, i] : index)
+      check_input(is_wanted[i] != 0, reader.path(), ": holds ", name,
+                  ", which this run has not: another model or another dtype");
+  });
 }
 
 // Deletes the oldest complete checkpoints beyond `keep`, never the one that was just written.

@@ -11,6 +11,7 @@
 #include "core/device.h"
 #include "core/train/checkpoint.h"
 #include "io/checkpoint_manifest.h"
+#include "io/checkpoint_reader.h"
 
 namespace distill {
 
@@ -29,13 +30,14 @@ class CheckpointFolder final : public CheckpointStore {
 
   void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) override;
   std::optional<std::string> newest() override;
-  // Any checkpoint of this program whose grid is that of the run, in this folder or elsewhere.
+  // Any checkpoint of this program, in this folder or elsewhere, written by any grid. Every byte is checked first.
   TrainState load(const std::string& path, const std::vector<CheckpointTensor>& tensors) override;
 
  private:
-  StoredShard write_shard(const std::string& folder, const std::vector<CheckpointTensor>& tensors) const;
-  void read_shard(const std::string& folder, const StoredShard& shard,
-                  const std::vector<CheckpointTensor>& tensors) const;
+  // Nothing where this rank owns nothing.
+  std::optional<StoredShard> write_shard(const std::string& folder, const std::vector<CheckpointTensor>& tensors) const;
+  void check_every_byte(const std::string& path) const;
+  void check_all_wanted(const CheckpointReader& reader, const std::vector<CheckpointTensor>& tensors) const;
   void prune(const std::string& newest_path) const;
   void warn(const std::string& message) const;
 

@@ -10,7 +10,6 @@
 #include <charconv>
 #include <cstring>
 #include <filesystem>
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
@@ -26,7 +25,7 @@ using nlohmann::json;
 
 constexpr const char *format_name = "distill checkpoint", *checksum_key = "manifest_crc32c";
 constexpr std::string_view step_prefix = "step-";
-constexpr int format_version = 1;
+constexpr int format_version = 2;
 
 std::string hex(std::uint32_t value) {
   std::array<char, 9> out{};
@@ -49,9 +48,40 @@ std::uint32_t checksum(const json& manifest) {
 json shard_json(const StoredShard& shard) {
   json datasets = json::array();
   for (const StoredDataset& d : shard.datasets)
-    datasets.push_back(
-        {{"name", d.name}, {"offset", d.range.offset}, {"bytes", d.range.bytes}, {"crc32c", hex(d.crc)}});
+    datasets.push_back({{"name", d.matrix.name},
+                        {"tensor", d.tensor},
+                        {"dtype", name_of(d.matrix.dtype)},
+                        {"shape", {d.matrix.rows, d.matrix.cols}},
+                        {"whole_shape", {d.matrix.whole_rows, d.matrix.whole_cols}},
+                        {"first", {d.matrix.first_row, d.matrix.first_col}},
+                        {"offset", d.range.offset},
+                        {"bytes", d.range.bytes},
+                        {"crc32c", hex(d.crc)}});
   return {{"file", shard.file}, {"bytes", shard.bytes}, {"frame_crc32c", hex(shard.frame_crc)}, {"datasets", datasets}};
+}
+
+DType dtype_from(const std::string& name) {
+  for (const DType type : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    if (name == name_of(type)) return type;
+  fail_input("dtype ", name, " is not one of a checkpoint");
+}
+
+StoredMatrix matrix_from(const json& value) {
+  const json &shape = value.at("shape"), &whole = value.at("whole_shape"), &first = value.at("first");
+  StoredMatrix m{.name = value.at("name"),
+                 .dtype = dtype_from(value.at("dtype")),
+                 .rows = shape.at(0),
+                 .cols = shape.at(1),
+                 .whole_rows = whole.at(0),
+                 .whole_cols = whole.at(1),
+                 .first_row = first.at(0),
+                 .first_col = first.at(1)};
+  const auto lies_within = [](std::int64_t begin, std::int64_t n, std::int64_t whole_n) {
+    return begin >= 0 && n >= 0 && n <= whole_n && begin <= whole_n - n;
+  };
+  check_input(lies_within(m.first_row, m.rows, m.whole_rows) && lies_within(m.first_col, m.cols, m.whole_cols),
+              "dataset ", m.name, " does not lie within its tensor");
+  return m;
 }
 
 StoredShard shard_from(const json& value) {
@@ -62,7 +92,8 @@ StoredShard shard_from(const json& value) {
   check_input(!shard.file.empty() && shard.file.find('/') == std::string::npos, "shard ", shard.file,
               " is no file name");
   for (const json& d : value.at("datasets"))
-    shard.datasets.push_back({d.at("name"), {d.at("offset"), d.at("bytes")}, parse_hex(d.at("crc32c"))});
+    shard.datasets.push_back(
+        {d.at("tensor"), matrix_from(d), {d.at("offset"), d.at("bytes")}, parse_hex(d.at("crc32c"))});
   return shard;
 }
 
@@ -90,6 +121,7 @@ CheckpointManifest manifest_from(const json& value) {
   const json& run = value.at("run");
   const json& grid = run.at("grid");
   CheckpointManifest manifest{.serial = value.at("serial"),
+                              .written = value.at("written"),
                               .state = state_from(value.at("state")),
                               .run = {.version = run.at("version"),
                                       .config = run.at("config"),
@@ -110,7 +142,15 @@ std::optional<std::int64_t> step_in(std::string_view name) {
   return error == std::errc() && end == name.data() + name.size() ? std::optional(step) : std::nullopt;
 }
 
-std::string describe(const StoredGrid& grid) { return text("tp ", grid.tp, ", pp ", grid.pp, ", dp ", grid.dp); }
+void check_sizes(const std::string& folder, const CheckpointManifest& manifest) {
+  for (const StoredShard& shard : manifest.shards) {
+    std::error_code error;
+    const std::uint64_t size = fs::file_size(fs::path(folder) / shard.file, error);
+    check_input(!error, folder, ": lacks ", shard.file);
+    check_input(size == shard.bytes, folder, ": ", shard.file, " has ", size, " bytes, its manifest says ",
+                shard.bytes);
+  }
+}
 
 // Reads by calls rather than through mapped memory: a bad sector must be an error here and no signal.
 class Reader {
@@ -148,11 +188,6 @@ class Reader {
   std::vector<std::byte> buffer_;
 };
 
-void check_size(Reader& reader, const std::string& path, const StoredShard& shard) {
-  const std::uint64_t size = reader.size();
-  check_input(size == shard.bytes, path, ": has ", size, " bytes, its manifest says ", shard.bytes);
-}
-
 std::uint32_t frame_checksum(Reader& reader, const std::string& path, const StoredShard& shard) {
   std::vector<FileRange> ranges;
   for (const StoredDataset& d : shard.datasets) ranges.push_back(d.range);
@@ -172,6 +207,8 @@ std::uint32_t frame_checksum(Reader& reader, const std::string& path, const Stor
 
 }  // namespace
 
+std::string describe(const StoredGrid& grid) { return text("tp ", grid.tp, ", pp ", grid.pp, ", dp ", grid.dp); }
+
 std::string to_json(const StoredShard& shard) { return shard_json(shard).dump(); }
 StoredShard parse_shard(const std::string& text) { return shard_from(json::parse(text)); }
 
@@ -182,6 +219,7 @@ std::string to_json(const CheckpointManifest& manifest) {
   json out = {{"format", format_name},
               {"format_version", format_version},
               {"serial", manifest.serial},
+              {"written", manifest.written},
               {"state", state_json(manifest.state)},
               {"run",
                {{"version", run.version},
@@ -218,13 +256,14 @@ CheckpointManifest read_manifest(const std::string& folder) {
 std::vector<std::string> check_continues(const std::string& path, const CheckpointManifest& manifest,
                                          const CheckpointRun& run) {
   const CheckpointRun& other = manifest.run;
-  check_input(other.grid == run.grid, path, ": was written by a grid of ", describe(other.grid), "; this run has ",
-              describe(run.grid), ": start it with the same grid");
   check_input(other.samples_per_step == run.samples_per_step, path, ": was written with a global batch of ",
               other.samples_per_step, " sequences, this run has ", run.samples_per_step,
               " (per_device_train_batch_size × gradient_accumulation_steps × dp): the position in the data would be "
               "another");
   std::vector<std::string> differences;
+  if (other.grid != run.grid)
+    differences.push_back(text(path, ": was written by another grid (", describe(other.grid),
+                               "; this run: ", describe(run.grid), "): the run goes on, equal within rounding"));
   if (other.seed != run.seed)
     differences.push_back(text(path, ": was written with seed ", other.seed, ", this run has ", run.seed,
                                ": the data comes in another order"));
@@ -234,36 +273,41 @@ std::vector<std::string> check_continues(const std::string& path, const Checkpoi
   return differences;
 }
 
-std::vector<CompleteCheckpoint> complete_checkpoints(const std::string& folder,
-                                                     const std::function<void(const std::string&)>& report) {
-  std::vector<CompleteCheckpoint> found;
-  std::map<std::int64_t, std::string> problems;  // by step
+std::vector<FoundCheckpoint> find_checkpoints(const std::string& folder) {
+  std::vector<FoundCheckpoint> found;
   std::error_code missing;
   for (const fs::directory_entry& entry : fs::directory_iterator(folder, missing)) {
-    const std::string path = entry.path();
     const auto step = step_in(entry.path().filename().string());
     if (!step) continue;
+    FoundCheckpoint& checkpoint = found.emplace_back();
+    checkpoint.path = entry.path();
+    checkpoint.step = *step;
     try {
-      CompleteCheckpoint candidate{path, read_manifest(path)};
-      for (const StoredShard& shard : candidate.manifest.shards) {
-        std::error_code error;
-        const std::uint64_t size = fs::file_size(entry.path() / shard.file, error);
-        check_input(!error, path, ": lacks ", shard.file);
-        check_input(size == shard.bytes, path, ": ", shard.file, " has ", size, " bytes, its manifest says ",
-                    shard.bytes);
-      }
-      found.push_back(std::move(candidate));
+      CheckpointManifest manifest = read_manifest(checkpoint.path);
+      check_sizes(checkpoint.path, manifest);
+      checkpoint.manifest = std::move(manifest);
     } catch (const Error& problem) {
-      problems.emplace(*step, problem.what());
+      checkpoint.problem = problem.what();
     }
   }
-  std::sort(found.begin(), found.end(), [](const CompleteCheckpoint& a, const CompleteCheckpoint& b) {
+  std::sort(found.begin(), found.end(),
+            [](const FoundCheckpoint& a, const FoundCheckpoint& b) { return a.step < b.step; });
+  return found;
+}
+
+std::vector<CompleteCheckpoint> complete_checkpoints(const std::string& folder,
+                                                     const std::function<void(const std::string&)>& report) {
+  std::vector<CompleteCheckpoint> complete;
+  std::vector<FoundCheckpoint> found = find_checkpoints(folder);
+  for (FoundCheckpoint& checkpoint : found)
+    if (checkpoint.manifest) complete.push_back({checkpoint.path, std::move(*checkpoint.manifest)});
+  std::sort(complete.begin(), complete.end(), [](const CompleteCheckpoint& a, const CompleteCheckpoint& b) {
     return a.manifest.serial > b.manifest.serial;
   });
-  const std::int64_t newest_step = found.empty() ? -1 : found.front().manifest.state.step;
-  for (auto problem = problems.rbegin(); problem != problems.rend() && problem->first > newest_step; ++problem)
-    report(problem->second);
-  return found;
+  const std::int64_t newest_step = complete.empty() ? -1 : complete.front().manifest.state.step;
+  for (auto checkpoint = found.rbegin(); checkpoint != found.rend() && checkpoint->step > newest_step; ++checkpoint)
+    if (!checkpoint->manifest) report(checkpoint->problem);
+  return complete;
 }
 
 std::uint32_t frame_checksum(const std::string& path, const StoredShard& shard) {
@@ -271,20 +315,16 @@ std::uint32_t frame_checksum(const std::string& path, const StoredShard& shard) 
   return frame_checksum(reader, path, shard);
 }
 
-void check_shard_frame(const std::string& folder, const StoredShard& shard) {
+void check_shard(const std::string& folder, const StoredShard& shard) {
   const std::string path = fs::path(folder) / shard.file;
   Reader reader(path);
-  check_size(reader, path, shard);
+  const std::uint64_t size = reader.size();
+  check_input(size == shard.bytes, path, ": has ", size, " bytes, its manifest says ", shard.bytes);
   check_input(frame_checksum(reader, path, shard) == shard.frame_crc, path,
               ": is damaged (the checksum of its structure does not match)");
-}
-
-void check_shard(const std::string& folder, const StoredShard& shard) {
-  check_shard_frame(folder, shard);
-  const std::string path = fs::path(folder) / shard.file;
-  Reader reader(path);
   for (const StoredDataset& d : shard.datasets)
-    check_input(reader.checksum(d.range) == d.crc, path, ": ", d.name, " is damaged (its checksum does not match)");
+    check_input(reader.checksum(d.range) == d.crc, path, ": ", d.matrix.name,
+                " is damaged (its checksum does not match)");
 }
 
 }  // namespace distill

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ struct StoredGrid {
   int tp = 1, pp = 1, dp = 1;
   bool operator==(const StoredGrid&) const = default;
 };
+std::string describe(const StoredGrid& grid);  // "tp 1, pp 1, dp 2"
 
 // What holds for every checkpoint of a run.
 struct CheckpointRun {
@@ -28,7 +30,8 @@ struct CheckpointRun {
 };
 
 struct StoredDataset {
-  std::string name;
+  std::string tensor;   // "values/model.norm.weight"
+  StoredMatrix matrix;  // this part of it; matrix.name: of the dataset, as a file may hold several parts
   FileRange range;
   std::uint32_t crc = 0;
 };
@@ -42,6 +45,7 @@ struct StoredShard {
 
 struct CheckpointManifest {
   std::int64_t serial = 0;  // counts the checkpoints of a folder in the order in which they were written
+  std::string written;      // when, in UTC: "2026-01-31T12:00:00Z"
   TrainState state;
   CheckpointRun run;
   std::vector<StoredShard> shards;
@@ -55,6 +59,16 @@ CheckpointManifest read_manifest(const std::string& folder);
 // each.
 std::vector<std::string> check_continues(const std::string& path, const CheckpointManifest& manifest,
                                          const CheckpointRun& run);
+
+// A folder with the name of a checkpoint, and its manifest or what is wrong with that or with the sizes of the files.
+struct FoundCheckpoint {
+  std::string path;
+  std::int64_t step = 0;  // by its name
+  std::optional<CheckpointManifest> manifest;
+  std::string problem;
+};
+// Those of a folder, by step.
+std::vector<FoundCheckpoint> find_checkpoints(const std::string& folder);
 
 // A checkpoint whose manifest and file sizes are right.
 struct CompleteCheckpoint {
@@ -71,9 +85,7 @@ StoredShard parse_shard(const std::string& json);
 
 // Checksum of the bytes of a file outside its datasets. Fails where these do not lie side by side within the file.
 std::uint32_t frame_checksum(const std::string& path, const StoredShard& shard);
-// Size and frame only: enough to open the file with confidence when the datasets are checked as they are read.
-void check_shard_frame(const std::string& folder, const StoredShard& shard);
-// Every byte.
+// Checks every byte.
 void check_shard(const std::string& folder, const StoredShard& shard);
 
 }  // namespace distill

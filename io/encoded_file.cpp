@@ -58,9 +58,7 @@ std::vector<std::int32_t> read_column(const Hdf5Reader& file, const char* name, 
   const StoredMatrix matrix = file.describe(name);
   check_input(matrix.dtype == DType::i32 && matrix.cols == 1, path, ": ", name, " is no column of 32-bit integers");
   std::vector<std::int32_t> values(std::size_t(matrix.rows));
-  file.read(matrix, [&](const Slab& slab, std::span<const std::byte> bytes) {
-    std::memcpy(values.data() + slab.first_row, bytes.data(), bytes.size());
-  });
+  file.read(matrix, {.rows = matrix.rows, .cols = 1}, reinterpret_cast<std::byte*>(values.data()), 1);
   return values;
 }
 

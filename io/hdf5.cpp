@@ -57,23 +57,28 @@ std::optional<DType> type_by_name(std::string_view name) {
   return std::nullopt;
 }
 
-// Cuts a matrix into slabs that lie in the file one after the other.
+// Cuts a part of a matrix into slabs. Those of a whole one lie in the file one after the other.
 template <class Body>
-void for_each_slab(const StoredMatrix& m, const Body& body) {
-  const auto width = std::int64_t(size_of(m.dtype));
-  const std::int64_t cols = std::clamp<std::int64_t>(slab_bytes / width, 1, std::max<std::int64_t>(m.cols, 1));
-  const std::int64_t rows = cols < m.cols ? 1 : std::max<std::int64_t>(slab_bytes / (width * cols), 1);
-  for (std::int64_t row = 0; row < m.rows; row += rows)
-    for (std::int64_t col = 0; col < m.cols; col += cols)
-      body(Slab{row, col, std::min(rows, m.rows - row), std::min(cols, m.cols - col)});
+void for_each_slab(DType type, const Slab& part, const Body& body) {
+  const auto width = std::int64_t(size_of(type));
+  const std::int64_t cols = std::clamp<std::int64_t>(slab_bytes / width, 1, std::max<std::int64_t>(part.cols, 1));
+  const std::int64_t rows = cols < part.cols ? 1 : std::max<std::int64_t>(slab_bytes / (width * cols), 1);
+  for (std::int64_t row = 0; row < part.rows; row += rows)
+    for (std::int64_t col = 0; col < part.cols; col += cols)
+      body(Slab{part.first_row + row, part.first_col + col, std::min(rows, part.rows - row),
+                std::min(cols, part.cols - col)});
 }
 
-// Selects a slab of a file's dataspace and makes the one of the memory that goes with it.
-hid_t select(hid_t space, const Slab& slab) {
+// Selects a slab of a file's dataspace and makes the one of the memory that goes with it, whose rows start `stride`
+// elements apart.
+hid_t select(hid_t space, const Slab& slab, std::int64_t stride) {
   const std::array<hsize_t, 2> first = {hsize_t(slab.first_row), hsize_t(slab.first_col)},
-                               count = {hsize_t(slab.rows), hsize_t(slab.cols)};
+                               count = {hsize_t(slab.rows), hsize_t(slab.cols)},
+                               memory_shape = {hsize_t(slab.rows), hsize_t(stride)}, begin = {0, 0};
   H5Sselect_hyperslab(space, H5S_SELECT_SET, first.data(), nullptr, count.data(), nullptr);
-  return H5Screate_simple(2, count.data(), nullptr);
+  const hid_t memory = H5Screate_simple(2, memory_shape.data(), nullptr);
+  H5Sselect_hyperslab(memory, H5S_SELECT_SET, begin.data(), nullptr, count.data(), nullptr);
+  return memory;
 }
 
 bool put_text(hid_t object, const char* name, std::string_view value) {
@@ -141,13 +146,13 @@ FileRange Hdf5Writer::write(const StoredMatrix& matrix, const Fill& fill) {
            put_pair(dataset, first_attribute, matrix.first_row, matrix.first_col),
        path_, "write " + matrix.name);
   std::vector<std::byte> bytes;
-  for_each_slab(matrix, [&](const Slab& slab) {
+  for_each_slab(matrix.dtype, {0, 0, matrix.rows, matrix.cols}, [&](const Slab& slab) {
     bytes.resize(std::size_t(slab.rows * slab.cols) * size_of(matrix.dtype));
     {
       const Pause pause(turn);
       fill(slab, bytes);
     }
-    const Id memory(select(space, slab), H5Sclose);
+    const Id memory(select(space, slab, slab.cols), H5Sclose);
     must(H5Dwrite(dataset, type, memory, space, H5P_DEFAULT, bytes.data()) >= 0, path_, "write " + matrix.name);
   });
   const auto size = std::uint64_t(matrix.rows * matrix.cols) * size_of(matrix.dtype);
@@ -214,18 +219,16 @@ std::int64_t Hdf5Reader::number(const char* name) const {
   return value;
 }
 
-void Hdf5Reader::read(const StoredMatrix& matrix, const Take& take) const {
-  auto turn = take_turn();
-  const Id dataset(H5Dopen2(file_, matrix.name.c_str(), H5P_DEFAULT), H5Dclose);
-  const Id space(H5Dget_space(dataset), H5Sclose);
-  std::vector<std::byte> bytes;
-  for_each_slab(matrix, [&](const Slab& slab) {
-    bytes.resize(std::size_t(slab.rows * slab.cols) * size_of(matrix.dtype));
-    const Id memory(select(space, slab), H5Sclose);
-    must_read(H5Dread(dataset, stored_type(matrix.dtype), memory, space, H5P_DEFAULT, bytes.data()) >= 0, path_,
+void Hdf5Reader::read(const StoredMatrix& matrix, const Slab& part, std::byte* to, std::int64_t stride) const {
+  const auto width = std::int64_t(size_of(matrix.dtype));
+  // A turn for each slab: others need not wait for the whole.
+  for_each_slab(matrix.dtype, part, [&](const Slab& slab) {
+    const auto turn = take_turn();
+    const Id dataset(H5Dopen2(file_, matrix.name.c_str(), H5P_DEFAULT), H5Dclose);
+    const Id space(H5Dget_space(dataset), H5Sclose), memory(select(space, slab, stride), H5Sclose);
+    std::byte* first = to + ((slab.first_row - part.first_row) * stride + (slab.first_col - part.first_col)) * width;
+    must_read(H5Dread(dataset, stored_type(matrix.dtype), memory, space, H5P_DEFAULT, first) >= 0, path_,
               "read " + matrix.name);
-    const Pause pause(turn);
-    take(slab, bytes);
   });
 }
 

@@ -21,6 +21,7 @@ struct StoredMatrix {
   std::int64_t rows = 0, cols = 0;
   std::int64_t whole_rows = 0, whole_cols = 0;
   std::int64_t first_row = 0, first_col = 0;
+  bool operator==(const StoredMatrix&) const = default;
 };
 
 // A part of a matrix.
@@ -65,9 +66,8 @@ class Hdf5Reader {
 
   StoredMatrix describe(const std::string& name) const;
   std::int64_t number(const char* name) const;  // an attribute of the file
-  using Take = std::function<void(const Slab& slab, std::span<const std::byte> bytes)>;
-  // Slabs as in Hdf5Writer::write.
-  void read(const StoredMatrix& matrix, const Take& take) const;
+  // A part of a dataset into memory in which rows start `stride` elements apart.
+  void read(const StoredMatrix& matrix, const Slab& part, std::byte* to, std::int64_t stride) const;
 
  private:
   std::string path_;

@@ -12,11 +12,12 @@
 
 namespace distill {
 
-// A matrix in device memory that belongs to the run's state, and where it lies in the whole one. Read by save(), filled
-// by load(). A rank may hold several parts of one matrix, under one name.
+// A part of a matrix of the run's state, in device memory: what a rank owns is read by save(), what it needs is filled
+// by load(). Several parts may bear one name: a range of a flat storage is the end of a row, whole rows and the begin
+// of a row. Parts of several ranks may overlap and be empty.
 struct CheckpointTensor {
   std::string name;  // kind/parameter: "values/model.norm.weight", "master/…", "exp_avg/…", "exp_avg_sq/…"
-  View data;         // this rank's part; f32, bf16, f16 or f64
+  View data;         // contiguous; f32, bf16, f16 or f64
   std::int64_t whole_rows = 0, whole_cols = 0;
   std::int64_t first_row = 0, first_col = 0;  // of `data` in the whole
 };
@@ -46,6 +47,8 @@ class CheckpointStore {
   virtual void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) = 0;
   // The newest good checkpoint of this run; those passed over are reported.
   virtual std::optional<std::string> newest() = 0;
+  // Whatever parts the ranks need, and whichever they had when it was saved: together the saved ones cover the needed
+  // ones, and no tensor is left that no rank needs.
   virtual TrainState load(const std::string& path, const std::vector<CheckpointTensor>& tensors) = 0;
 };
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <catch2/catch.hpp>
 #include <chrono>
@@ -290,8 +291,8 @@ TEST_CASE("a damaged checkpoint is reported and the one before it is used", "[ch
     CHECK(store.refuse("step-000002") == expected);
   }
   SECTION("another format") {
-    forge(two + "manifest.json", [](json& m) { m["format_version"] = 2; });
-    expected = "checkpoints/step-000002/manifest.json: has format version 2, this program reads 1";
+    forge(two + "manifest.json", [](json& m) { m["format_version"] = 1; });
+    expected = "checkpoints/step-000002/manifest.json: has format version 1, this program reads 2";
     CHECK(store.refuse("step-000002") == expected);
     forge(two + "manifest.json", [](json& m) { m["format"] = "x"; });
     expected = "checkpoints/step-000002/manifest.json: is not the manifest of a checkpoint of this program";
@@ -353,7 +354,24 @@ TEST_CASE("forged manifests cannot do harm", "[checkpoint]") {
   CHECK(forged([&](json& m) { m["state"].erase("step"); }).find("is not a manifest of this program: ") !=
         std::string::npos);
   CHECK(forged([&](json& m) { m["shards"][0]["file"] = "other.h5"; }) ==
-        "checkpoints/step-000001: its manifest names no " + std::string(shard));
+        "checkpoints/step-000001/other.h5: cannot open: No such file or directory");
+  CHECK(forged([&](json& m) {
+          first(m)["first"] = {0, 1};
+        }).ends_with("dataset values/model.embed_tokens.weight does not lie within its tensor"));
+  CHECK(forged([&](json& m) {
+          first(m)["shape"] = {INT64_MAX, INT64_MAX};
+        }).ends_with("does not lie within its tensor"));
+  CHECK(forged([&](json& m) {
+          first(m)["whole_shape"] = {6, 7};
+        }) ==
+        "checkpoints/step-000001: values/model.embed_tokens.weight is bf16 [6, 7], expected bf16 [5, 7]: another model "
+        "or another dtype");
+  CHECK(forged([&](json& m) { first(m)["dtype"] = "i32"; }).ends_with("dtype i32 is not one of a checkpoint"));
+  CHECK(forged([&](json& m) { first(m)["name"] = "master/model.embed_tokens.weight"; }) ==
+        "checkpoints/step-000001: " + std::string(shard) +
+            ": master/model.embed_tokens.weight is not what the manifest says");
+  CHECK(forged([&](json& m) { m["shards"][0]["datasets"][1]["tensor"] = "values/model.embed_tokens.weight"; }) ==
+        "checkpoints/step-000001: its manifest calls values/model.embed_tokens.weight bf16 [5, 7] and bf16 [1, 7]");
   // Any value of the manifest replaced by any other.
   std::mt19937 random(13);
   const std::array<json, 9> others = {nullptr, -1, 0, UINT64_MAX, 1e300, "", "00000000", json::array(), json::object()};
@@ -380,10 +398,11 @@ TEST_CASE("a checkpoint of another run is refused or warned of", "[checkpoint]")
   SECTION("grid") {
     other.grid.dp = 2;
     store.reopen(other);
-    CHECK(store.refuse("step-000001") ==
-          "checkpoints/step-000001: was written by a grid of tp 1, pp 1, dp 1; this run has tp 1, pp 1, dp 2: start it "
-          "with "
-          "the same grid");
+    store.load("step-000001");
+    CHECK(store.state.bits() == bits_of(1));
+    CHECK(store.warnings ==
+          Lines{"checkpoints/step-000001: was written by another grid (tp 1, pp 1, dp 1; this run: tp 1, pp 1, dp 2): "
+                "the run goes on, equal within rounding"});
   }
   SECTION("batch") {
     other.samples_per_step = 16;
@@ -414,18 +433,21 @@ TEST_CASE("a checkpoint of another model is refused", "[checkpoint]") {
     std::vector<CheckpointTensor> tensors = store.state.tensors();
     change(tensors);
     return without(refusal(store.scratch.path(), [&] { store.folder->load(store.path("step-000001"), tensors); }),
-                   "checkpoints/" + std::string(shard_1));
+                   "checkpoints/step-000001");
   };
-  CHECK(refuse([](auto& t) { t.pop_back(); }) == ": holds 6 tensors, this run has 5: another model or another dtype");
+  CHECK(refuse([](auto& t) { t.pop_back(); }) ==
+        ": holds exp_avg_sq/wide, which this run has not: another model or another dtype");
   CHECK(refuse([](auto& t) { t[0].name = "values/other"; }) == ": has no values/other: another model or another dtype");
   CHECK(refuse([](auto& t) { t[0].data.dtype = DType::f16; }) ==
-        ": values/model.embed_tokens.weight is bf16 [5, 7] at [0, 0] of [5, 7], this run has f16 [5, 7] at [0, 0] of "
-        "[5, 7]");
+        ": values/model.embed_tokens.weight is bf16 [5, 7], expected f16 [5, 7]: another model or another dtype");
+  CHECK(refuse([](auto& t) { t[4].whole_rows = 7; }) ==
+        ": exp_avg/half is f16 [6, 4], expected f16 [7, 4]: another model or another dtype");
   CHECK(refuse([](auto& t) { t[4].first_row = 0; }) ==
-        ": exp_avg/half is f16 [3, 4] at [3, 0] of [6, 4], this run has f16 [3, 4] at [0, 0] of [6, 4]");
+        ": lacks rows 0 to 2, columns 0 to 3 of exp_avg/half (f16 [6, 4])");
+  CHECK(refuse([](auto& t) { t[4].first_row = 2; }) ==
+        ": lacks rows 2 to 2, columns 0 to 3 of exp_avg/half (f16 [6, 4])");
   CHECK(refuse([](auto& t) { t[0].data = t[0].data.reshaped(7, 5); }) ==
-        ": values/model.embed_tokens.weight is bf16 [5, 7] at [0, 0] of [5, 7], this run has bf16 [7, 5] at [0, 0] of "
-        "[5, 7]");
+        ": lacks rows 5 to 6, columns 0 to 4 of values/model.embed_tokens.weight (bf16 [5, 7])");
 }
 
 TEST_CASE("old checkpoints go once a new one has been read back", "[checkpoint]") {
@@ -562,4 +584,220 @@ TEST_CASE("every rank writes and reads its own part", "[checkpoint]") {
   });
   for (const std::string& message : messages)
     CHECK(message == "step-000002/student-pp0-tp0-dp2.h5: is damaged (the checksum of its structure does not match)");
+}
+
+namespace {
+
+// Rectangles of whole matrices, by rank: what a grid makes of a state.
+struct Part {
+  std::string name;
+  Slab slab;
+};
+using Layout = std::vector<std::vector<Part>>;
+
+struct Whole {
+  std::string name;
+  DType dtype;
+  std::int64_t rows, cols;
+};
+const std::vector<Whole> wholes = {{"values/w", DType::bf16, 13, 11},
+                                   {"exp_avg/w", DType::f32, 13, 11},
+                                   {"values/norm", DType::bf16, 1, 29},
+                                   {"exp_avg/norm", DType::f32, 1, 29},
+                                   {"exp_avg/last", DType::f64, 40, 1}};
+
+// The tensors of one kind one after the other, cut anywhere: up to three rectangles of each matrix.
+Layout flat_cuts(int ranks, std::mt19937& random) {
+  Layout layout{std::size_t(ranks)};
+  for (const Whole& w : wholes) {
+    std::vector<std::int64_t> cuts = {0, w.rows * w.cols};
+    for (int i = 1; i < ranks; ++i) cuts.push_back(std::int64_t(random()) % (w.rows * w.cols + 1));
+    std::sort(cuts.begin(), cuts.end());
+    for (std::size_t r = 0; r < std::size_t(ranks); ++r) {
+      std::int64_t at = cuts[r];
+      const std::int64_t end = cuts[r + 1];
+      while (at < end) {
+        const std::int64_t row = at / w.cols, col = at % w.cols;
+        const bool is_whole_rows = col == 0 && end - at >= w.cols;
+        const std::int64_t rows = is_whole_rows ? (end - at) / w.cols : 1;
+        const std::int64_t cols = is_whole_rows ? w.cols : std::min(w.cols - col, end - at);
+        layout[r].push_back({w.name, {row, col, rows, cols}});
+        at += rows * cols;
+      }
+    }
+  }
+  return layout;
+}
+
+// Rows or columns of each matrix shared out, some of them empty.
+Layout straight_cuts(int ranks, bool by_rows, std::mt19937& random) {
+  Layout layout{std::size_t(ranks)};
+  for (const Whole& w : wholes) {
+    const std::int64_t n = by_rows ? w.rows : w.cols;
+    std::vector<std::int64_t> cuts = {0, n};
+    for (int i = 1; i < ranks; ++i) cuts.push_back(std::int64_t(random()) % (n + 1));
+    std::sort(cuts.begin(), cuts.end());
+    for (std::size_t r = 0; r < std::size_t(ranks); ++r)
+      layout[r].push_back({w.name, by_rows ? Slab{cuts[r], 0, cuts[r + 1] - cuts[r], w.cols}
+                                           : Slab{0, cuts[r], w.rows, cuts[r + 1] - cuts[r]}});
+  }
+  return layout;
+}
+
+// Rectangles anywhere, which overlap, and the whole on one rank.
+Layout replicas(int ranks, std::mt19937& random) {
+  Layout layout{std::size_t(ranks)};
+  const auto below = [&](std::int64_t n) { return std::int64_t(random()) % n; };
+  for (const Whole& w : wholes) {
+    for (std::vector<Part>& mine : layout)
+      for (int i = 0; i < 3; ++i) {
+        const std::int64_t row = below(w.rows), col = below(w.cols);
+        mine.push_back({w.name, {row, col, 1 + below(w.rows - row), 1 + below(w.cols - col)}});
+      }
+    layout[random() % layout.size()].push_back({w.name, {0, 0, w.rows, w.cols}});
+  }
+  return layout;
+}
+
+// A byte that depends on the element and its tensor only.
+unsigned char byte_at(std::size_t tensor, std::int64_t element, std::size_t byte) {
+  return (unsigned char)((std::size_t(element) * 2654435761u + tensor * 97 + byte * 31) >> 3);
+}
+
+// The parts of one rank in memory.
+struct Parts {
+  std::unique_ptr<Device> device = make_cpu_device(1);
+  std::vector<Tensor> memory;
+  std::vector<CheckpointTensor> tensors;
+
+  explicit Parts(const std::vector<Part>& parts) {
+    for (const Part& part : parts) {
+      const Whole& whole = *whole_of(part);
+      memory.push_back(device->tensor(part.slab.rows, part.slab.cols, whole.dtype));
+      tensors.push_back({.name = part.name,
+                         .data = memory.back().view(),
+                         .whole_rows = whole.rows,
+                         .whole_cols = whole.cols,
+                         .first_row = part.slab.first_row,
+                         .first_col = part.slab.first_col});
+    }
+  }
+  static std::vector<Whole>::const_iterator whole_of(const Part& part) {
+    return std::find_if(wholes.begin(), wholes.end(), [&](const Whole& w) { return w.name == part.name; });
+  }
+  // Calls visit(byte in memory, what it must be) for every byte.
+  template <class Visit>
+  void for_each_byte(const Visit& visit) {
+    for (const CheckpointTensor& t : tensors) {
+      const auto whole = whole_of({t.name, {}});
+      const std::size_t width = size_of(t.data.dtype);
+      auto* at = static_cast<unsigned char*>(t.data.mutable_data());
+      for (std::int64_t row = 0; row < t.data.rows; ++row)
+        for (std::int64_t col = 0; col < t.data.cols; ++col)
+          for (std::size_t b = 0; b < width; ++b, ++at)
+            visit(*at, byte_at(std::size_t(whole - wholes.begin()),
+                               (t.first_row + row) * whole->cols + t.first_col + col, b));
+    }
+  }
+};
+
+void on_ranks(const ScratchFolder& scratch, const Layout& layout,
+              const std::function<void(CheckpointFolder&, Parts&, Communicator&)>& body) {
+  CheckpointRun with = run;
+  with.grid.dp = int(layout.size());
+  run_ranks(int(layout.size()), [&](Communicator& world) {
+    Parts parts(layout[std::size_t(world.rank())]);
+    CheckpointFolder folder(scratch.path(), with, {.dp = world.rank()}, 0, *parts.device, world,
+                            [](const std::string&) {});
+    body(folder, parts, world);
+  });
+}
+void save_layout(const ScratchFolder& scratch, const Layout& layout) {
+  on_ranks(scratch, layout, [](CheckpointFolder& folder, Parts& parts, Communicator&) {
+    parts.for_each_byte([](unsigned char& byte, unsigned char value) { byte = value; });
+    folder.save({.step = 1}, parts.tensors);
+  });
+}
+std::int64_t wrong_bytes(const ScratchFolder& scratch, const Layout& layout) {
+  std::atomic<std::int64_t> wrong = 0;
+  on_ranks(scratch, layout, [&](CheckpointFolder& folder, Parts& parts, Communicator&) {
+    parts.for_each_byte([](unsigned char& byte, unsigned char value) { byte = (unsigned char)~value; });
+    wrong += folder.load(folder.newest().value(), parts.tensors).step != 1;
+    parts.for_each_byte([&](unsigned char byte, unsigned char value) { wrong += byte != value; });
+  });
+  return wrong;
+}
+Lines refusals(const ScratchFolder& scratch, const Layout& layout) {
+  Lines messages(layout.size());
+  on_ranks(scratch, layout, [&](CheckpointFolder& folder, Parts& parts, Communicator& world) {
+    try {
+      folder.load(scratch.path("step-000001"), parts.tensors);
+    } catch (const CommonError& error) {
+      messages[std::size_t(world.rank())] = without(error.what(), scratch.path());
+    }
+  });
+  return messages;
+}
+
+}  // namespace
+
+TEST_CASE("what one layout of ranks saved, every other loads, bit for bit", "[checkpoint]") {
+  std::mt19937 random(17);
+  const auto layouts = [&] {
+    std::vector<Layout> all;
+    for (const int ranks : {1, 2, 3}) {
+      all.push_back(flat_cuts(ranks, random));
+      all.push_back(straight_cuts(ranks, true, random));
+      all.push_back(straight_cuts(ranks, false, random));
+      all.push_back(replicas(ranks, random));
+    }
+    return all;
+  };
+  for (const Layout& saved : layouts()) {
+    const ScratchFolder scratch;
+    save_layout(scratch, saved);
+    for (const Layout& wanted : layouts()) CHECK(wrong_bytes(scratch, wanted) == 0);
+  }
+}
+
+TEST_CASE("a rank that owns nothing writes nothing", "[checkpoint]") {
+  const ScratchFolder scratch;
+  std::mt19937 random(1);
+  Layout layout = straight_cuts(1, true, random);
+  layout.push_back({{"values/w", {13, 0, 0, 11}}});
+  layout.emplace_back();
+  save_layout(scratch, layout);
+  CHECK(names_in(scratch.path("step-000001")) == Lines{"manifest.json", shard});
+  CHECK(wrong_bytes(scratch, flat_cuts(2, random)) == 0);
+}
+
+TEST_CASE("a piece that no rank saved is missed by all", "[checkpoint]") {
+  const ScratchFolder scratch;
+  std::mt19937 random(2);
+  Layout layout = straight_cuts(1, true, random);
+  layout[0].erase(layout[0].begin());
+  for (const Slab& slab : {Slab{0, 0, 4, 11}, Slab{4, 0, 9, 3}, Slab{5, 3, 8, 8}, Slab{4, 4, 1, 7}})
+    layout[0].push_back({"values/w", slab});
+  save_layout(scratch, layout);  // all of it but [4, 3]
+  const std::string message = "step-000001: lacks rows 4 to 4, columns 3 to 3 of values/w (bf16 [13, 11])";
+  for (const std::string& found : refusals(scratch, straight_cuts(3, false, random))) CHECK(found == message);
+  // A rank that does not need it does not help the others.
+  const Layout wanted = {{{"values/w", {0, 0, 2, 11}}}, {{"values/w", {2, 0, 11, 11}}}};
+  for (const std::string& found : refusals(scratch, wanted)) CHECK(found == message);
+}
+
+TEST_CASE("a damaged file of one rank is found by all, whoever needs it", "[checkpoint]") {
+  const ScratchFolder scratch;
+  std::mt19937 random(3);
+  save_layout(scratch, flat_cuts(3, random));
+  const std::string file = scratch.path("step-000001/student-pp0-tp0-dp2.h5");
+  std::string bytes = read(file);
+  const json manifest = json::parse(read(scratch.path("step-000001/manifest.json")));
+  const json& dataset = manifest["shards"][2]["datasets"][0];
+  bytes[dataset["offset"].get<std::size_t>() + 1] ^= 4;
+  write(file, bytes);
+  for (const int ranks : {1, 2, 3})
+    for (const std::string& message : refusals(scratch, flat_cuts(ranks, random)))
+      CHECK(message == "step-000001/student-pp0-tp0-dp2.h5: " + dataset["name"].get<std::string>() +
+                           " is damaged (its checksum does not match)");
 }
