@@ -148,7 +148,7 @@ Trainer::End Trainer::run(TrainState& state) {
     }
     if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
     if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps)
-      throw Error(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
+      throw CommonError(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
                                              " steps in a row, the last of them step ", state.step,
                                              " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
                                              "); the weights are those before the first of them"));

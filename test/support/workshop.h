@@ -30,7 +30,7 @@ inline std::vector<std::string> column(const std::filesystem::path& csv, const s
     return out;
   };
   std::string line;
-  std::getline(lines, line);
+  if (!std::getline(lines, line)) return {};  // about to be written
   const auto names = cells(line);
   const auto at = std::size_t(std::find(names.begin(), names.end(), name) - names.begin());
   if (at == names.size()) throw std::runtime_error(csv.string() + " has no column " + name);
