@@ -1,5 +1,5 @@
 // The specification of parallelism: training on any grid is training on one rank. Ranks are threads; every last stage has a
-// teacher of its own, cut over the same tensor-parallel group. Cases of tag [full] are many and run by hand.
+// teacher of its own, cut over the same tensor-parallel group. Tag [full] is every combination, run by hand.
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <map>
@@ -37,11 +37,22 @@ struct Setup {
   bool shards = true, overlaps = true;
   int accumulation = 0;  // 0: micro-batches of two sequences
   bool balances = false;
+  // What, too: the student's shape.
+  int q_heads = 8, kv_heads = 2, layers = 5, hidden = 24, feed_forward = 40;
 
   int micro_batches() const { return accumulation > 0 ? accumulation : global_batch / dp / 2; }
   std::string what() const {
     return text(family, tied ? " tied " : " untied ", objective_names[std::size_t(objective)], " top-", topk, ' ',
-                name_of(dtype));
+                name_of(dtype), " heads ", q_heads, '/', kv_heads, " layers ", layers, " hidden ", hidden, '/', feed_forward);
+  }
+  ModelSpec student() const {
+    ModelSpec s = wide_spec(family, tied);
+    s.q_heads = q_heads;
+    s.kv_heads = kv_heads;
+    s.layers = layers;
+    s.hidden = hidden;
+    s.feed_forward = feed_forward;
+    return s;
   }
 };
 
@@ -92,7 +103,7 @@ class Rank {
       : s_(setup),
         grid_(make_grid(nodes_of(world), s_.tp, s_.pp, false)),
         me_(grid_.places[std::size_t(world.rank())]),
-        spec_(wide_spec(s_.family, s_.tied)),
+        spec_(s_.student()),
         groups_(make_groups(world, grid_, kv_sharers(spec_, s_.tp))),
         outcome_(outcome),
         mutex_(mutex) {}
@@ -201,6 +212,11 @@ const Outcome& on_one_rank(const Setup& setup) {
   one.objective = setup.objective;
   one.topk = setup.topk;
   one.dtype = setup.dtype;
+  one.q_heads = setup.q_heads;
+  one.kv_heads = setup.kv_heads;
+  one.layers = setup.layers;
+  one.hidden = setup.hidden;
+  one.feed_forward = setup.feed_forward;
   return known.emplace(setup.what(), train(one)).first->second;
 }
 
@@ -257,6 +273,11 @@ Setup random_setup(std::mt19937& random, int most_ranks) {
     s.dp = one_of(1, 2, 4);
   } while (s.tp * s.pp * s.dp > most_ranks);
   s.family = one_of("qwen2", "qwen3", "llama", "mistral");
+  s.q_heads = one_of(4, 8, 12);
+  s.kv_heads = one_of(1, 2, 4);
+  s.layers = one_of(5, 6, 7);
+  s.hidden = one_of(12, 20, 28);
+  s.feed_forward = 4 * one_of(3, 7, 10);
   s.tied = one_of(true, false);
   s.objective = Objective(random() % objective_names.size());
   s.topk = one_of(0, 0, 3, 30);
@@ -318,4 +339,22 @@ TEST_CASE("a grid gives the same bits twice", "[grid]") {
 TEST_CASE("any grid, shape and cut of the batch trains like one rank", "[grid]") {
   std::mt19937 random(20);
   for (int round = 0; round < 5; ++round) check_equal(random_setup(random, 8));
+}
+
+// About a quarter of an hour on two cores.
+TEST_CASE("every combination of grid, cut of tokens, layout, tie and recomputation", "[full]") {
+  Setup s;
+  s.tp = GENERATE(1, 2, 4);
+  s.pp = GENERATE(1, 2, 4);
+  s.dp = GENERATE(1, 2);
+  s.cuts_tokens = GENERATE(false, true);
+  s.layout = GENERATE(Layout::packed, Layout::padded);
+  s.tied = GENERATE(false, true);
+  s.recompute = GENERATE(Recompute::none, Recompute::selective, Recompute::full);
+  if (s.tp * s.pp * s.dp <= 16) check_equal(s);
+}
+
+TEST_CASE("a hundred random runs", "[full]") {
+  std::mt19937 random(std::random_device{}());
+  for (int round = 0; round < 100; ++round) check_equal(random_setup(random, 16));
 }
