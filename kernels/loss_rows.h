@@ -144,6 +144,15 @@ DISTILL_HD inline std::uint64_t ordered_bits(double x) {
 template <class S>
 using OrderedBits = decltype(ordered_bits(S{}));
 
+// n sums at once where a team has a way to do that.
+template <class Team, class S>
+DISTILL_HD void sum_each(Team team, S* x, int n) {
+  if constexpr (requires { team.sum_each(x, n); })
+    team.sum_each(x, n);
+  else
+    for (int i = 0; i < n; ++i) x[i] = team.sum(x[i]);
+}
+
 // The largest key such that the entries with that key or a larger one weigh more than `goal` together; when rounding
 // keeps the total from exceeding it, the smallest key there is. `above` is what the larger ones weigh. Items has
 // each(lane, lanes, visit) which calls visit(key, weight). Per digit 16 sums, the same on every rank after an
@@ -165,7 +174,8 @@ DISTILL_HD Threshold<Key, S> find_threshold(Team team, const Items& items, S goa
       if ((key & fixed) == found.key) weight[(key >> shift) & Key(bins - 1)].add(w);
     });
     S sums[bins];
-    for (int d = 0; d < bins; ++d) sums[d] = team.sum(weight[d].value());
+    for (int d = 0; d < bins; ++d) sums[d] = weight[d].value();
+    sum_each(team, sums, bins);
     int least = bins - 1;
     for (int d = bins - 1; d >= 0; --d)
       if (sums[d] > S(0)) least = d;

@@ -29,7 +29,7 @@ void plain_row(const LossCall& call, std::int64_t r, const Divergence& divergenc
               call.terms.as<double>() + r * call.terms.stride, row, divergence, call.spec, double(call.scale));
 }
 
-// One lane a rank. Every number that is reduced is a message of its own: for gradient checks.
+// One lane a rank. Every reduction of a row is a message of its own: for gradient checks.
 class RankTeam {
  public:
   explicit RankTeam(Communicator& group) : group_(&group) {}
@@ -37,6 +37,7 @@ class RankTeam {
   int lanes() const { return 1; }
   double sum(double x) const { return reduce(x, Reduce::sum); }
   double max(double x) const { return reduce(x, Reduce::max); }
+  void sum_each(double* x, int n) const { group_->all_reduce(View(x, 1, n, DType::f64)); }
 
  private:
   double reduce(double x, Reduce op) const {

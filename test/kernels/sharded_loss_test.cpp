@@ -32,7 +32,8 @@ void run_cut(Chunk& chunk, const Begins& begins, float scale = 1, int threads = 
                                                       teacher_first, std::min(columns, teacher_columns - teacher_first))
                                                 : ConstView();
     LossScratch scratch;
-    for (int call = 0; call < 2; ++call)  // the second finds what the first left in the scratch memory
+    // A second call finds what the first left in the scratch memory, of which f64 has none.
+    for (int call = chunk.student.view().dtype == DType::f64; call < 2; ++call)
       distill_loss_cpu(chunk.dlogits.view().col_slice(first, columns), terms[rank].view(),
                        chunk.student.view().col_slice(first, columns), teacher, labels, chunk.spec, scale, threads,
                        scratch, {first, &group});
@@ -79,8 +80,10 @@ TEST_CASE("a cut vocabulary has the terms and the gradient of the whole", "[loss
 TEST_CASE("a cut vocabulary in double precision", "[loss]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{7, TopkMode::renormalize}, Cut{60, TopkMode::tail});
-  const Begins begins = GENERATE(Begins{0, 0, 33, 90}, Begins{0, 60, 90});
-  Chunk chunk(1, 80, {DType::f64, GENERATE(DType::f64, DType::bf16), DType::f64}, 10);
+  // Every reduction is a message: few cases.
+  const bool is_three = GENERATE(false, true);
+  const Begins begins = is_three ? Begins{0, 0, 33, 90} : Begins{0, 60, 90};
+  Chunk chunk(1, 80, {DType::f64, is_three ? DType::f64 : DType::bf16, DType::f64}, 10);
   chunk.randomise(unsigned(objective) + 3);
   for (std::int64_t c = 0; c < 80; ++c) chunk.teacher.set(0, c, std::round(chunk.teacher.get(0, c)));
   set(chunk.spec, objective, cut);
