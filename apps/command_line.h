@@ -12,6 +12,8 @@ namespace distill {
 enum class Command {
   train,
   check,
+  inspect,
+  export_checkpoint,
   print  // --help, --help-config, --version: show CommandLine::output and leave with 0
 };
 
@@ -20,6 +22,9 @@ struct CommandLine {
   std::filesystem::path config;
   std::vector<std::string> overrides;  // key=value, in the order given; --max-time is one of them
   int ranks = 0;                       // check: ranks to plan for; 0: as many as were started
+  std::string path;                    // inspect, export_checkpoint: what to read
+  bool each_tensor = false;            // inspect: not only a summary
+  std::string out, model;              // export_checkpoint: folder to write; student's folder, empty: the run's
   std::string output;
 };
 

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "apps/command_line.h"
+#include "apps/export_checkpoint.h"
+#include "apps/inspect.h"
 #include "apps/job.h"
 #include "apps/models.h"
 #include "apps/run_plan.h"
@@ -39,6 +41,21 @@ Patience patience_of(const Config& config) {
   return patience;
 }
 
+bool is_about_files(Command command) { return command == Command::inspect || command == Command::export_checkpoint; }
+
+// Needs one rank, whatever was started.
+ExitCode work_on_files(const CommandLine& command, Communicator& world, const Say& say) {
+  ExitCode code = ExitCode::ok;
+  world.run_together([&] {
+    if (world.rank() != 0) return;
+    if (command.command == Command::inspect)
+      code = inspect(command.path, command.each_tensor, say);
+    else
+      export_checkpoint(command.path, command.out, command.model, say);
+  });
+  return code;
+}
+
 ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::time_point started) {
   Communicator& world = mpi.world();
   const bool speaks = world.rank() == 0;
@@ -53,6 +70,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     if (speaks) std::cout << command.output;
     return ExitCode::ok;
   }
+  if (is_about_files(command.command)) return work_on_files(command, world, say);
   threads = compute_threads(world);
   world.run_together([&] {
     const ConfigFile file = read_config(command.config, command.overrides, Capabilities{});
