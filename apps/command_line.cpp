@@ -25,6 +25,8 @@ Examples:
   distill check --config run.yaml --ranks 16                   validate and show the plan, without training
   distill encode --config run.yaml                             encode the records once, for all runs that follow
   distill metrics run --plot train/loss,student/val_loss       look at a run, finished or not
+  distill inspect output/run                                   list and verify the checkpoints of a run
+  distill export output/run/checkpoints/step-000100 student    a checkpoint's student as a Hugging Face folder
 
 Exit codes:
   0   finished
@@ -34,19 +36,26 @@ Exit codes:
   4   loss or gradient were not finite for max_nonfinite_steps steps in a row
   85  stopped by a signal or a time limit after saving: run the same command again)";
 
+// Whether a command takes the configuration, overrides and options of training.
+enum class Configuration { needed, optional, none };
+
+// A command beside training: one row. Its options may be positional.
+struct CommandRow {
+  Command command;
+  Configuration configuration;
+  std::string name, description;
+  void (*add_options)(CLI::App& app, CommandLine& line);
+};
+
 // What the parser fills in before it is judged.
 struct Parsed {
   std::string config, config_path, config_name, max_time;
-  bool help_config = false, version = false, needs_config = true;
+  bool help_config = false, version = false;
+  const CommandRow* row = nullptr;  // null: training
   CommandLine line;
-};
 
-// A command beside training: one row.
-struct CommandRow {
-  Command command;
-  std::string name, description;
-  void (*add_options)(CLI::App& app, CommandLine& line);
-  bool needs_config = true;
+  Configuration configuration() const { return row ? row->configuration : Configuration::needed; }
+  bool names_config() const { return !config.empty() || !config_name.empty() || !config_path.empty(); }
 };
 
 void add_metrics_options(CLI::App& app, CommandLine& line) {
@@ -79,17 +88,32 @@ void add_metrics_options(CLI::App& app, CommandLine& line) {
 
 const std::vector<CommandRow>& commands() {
   static const std::vector<CommandRow> rows = {
-      {Command::check, "check", "Read and validate everything that can be validated without training; show the plan",
+      {Command::check, Configuration::needed, "check",
+       "Read and validate everything that can be validated without training; show the plan",
        [](CLI::App& app, CommandLine& line) {
          app.add_option("--ranks", line.ranks, "Ranks to plan for (default: as many as were started)")
              ->check(CLI::Range(1, 1 << 20).description(""))
              ->type_name("N");
        }},
-      {Command::encode, "encode",
+      {Command::encode, Configuration::needed, "encode",
        "Encode the records and keep them in <output_dir>/encoded, where later runs with the same data find them",
        [](CLI::App&, CommandLine&) {}},
-      {Command::metrics, "metrics", "Look at the metrics of a run: finished, going on or killed", add_metrics_options,
-       /*needs_config=*/false},
+      {Command::metrics, Configuration::optional, "metrics", "Look at the metrics of a run: finished, going on or killed",
+       add_metrics_options},
+      {Command::inspect, Configuration::none, "inspect",
+       "Show what a checkpoint holds and verify every byte; list those of a run",
+       [](CLI::App& app, CommandLine& line) {
+         app.add_option("PATH", line.path, "A checkpoint, a folder of checkpoints, or the folder of a run")->required();
+         app.add_flag("--tensors", line.each_tensor, "Show every tensor, not only a summary");
+       }},
+      {Command::export_checkpoint, Configuration::none, "export",
+       "Write the student of a checkpoint as a Hugging Face folder",
+       [](CLI::App& app, CommandLine& line) {
+         app.add_option("CHECKPOINT", line.path, "The checkpoint: a folder step-…")->required();
+         app.add_option("OUT", line.out, "The folder to write; must not exist")->required();
+         app.add_option("--model", line.model, "Folder of the student, where it is no longer where the run found it")
+             ->type_name("FOLDER");
+       }},
   };
   return rows;
 }
@@ -115,13 +139,12 @@ void add_options(CLI::App& app, Parsed& parsed) {
     CLI::App* sub = app.add_subcommand(row.name, row.description);
     sub->set_help_flag("-h,--help", "Show this help");
     sub->fallthrough();
-    sub->footer("The options and overrides of distill apply as well: distill --help");
+    if (row.configuration != Configuration::none)
+      sub->footer("The options and overrides of distill apply as well: distill --help");
     row.add_options(*sub, parsed.line);
-    sub->callback([&parsed, &row] {
-      parsed.line.command = row.command;
-      parsed.needs_config = row.needs_config;
-    });
+    sub->callback([&parsed, &row] { parsed.row = &row; });
   }
+  app.require_subcommand(0, 1);  // what follows a command may be named like another
   app.footer(std::string(footer));
   app.allow_extras();
 }
@@ -173,12 +196,22 @@ void check_overrides(const Parsed& parsed) {
     if (argument.find('=') != std::string::npos) continue;
     if (argument.ends_with(".yaml") || argument.ends_with(".yml"))
       fail_input("unexpected argument '", argument, "': did you mean '--config ", argument, "'?");
-    check_input(parsed.line.command == Command::train, "unexpected argument '", argument, "': expected key=value");
+    check_input(!parsed.row, "unexpected argument '", argument, "': expected key=value");
     const std::string guess = nearest_name(argument, command_names());
     fail_input(
         "unknown command '", argument, "': ",
         guess.empty() ? "expected key=value or a command of distill --help" : text("did you mean '", guess, "'?"));
   }
+}
+
+// A command that works on files alone.
+void check_unconfigured(const Parsed& parsed) {
+  const auto refuse = [&](const std::string& what) {
+    fail_input("'distill ", parsed.row->name, "' takes no ", what, ": distill ", parsed.row->name, " --help");
+  };
+  if (!parsed.line.overrides.empty()) refuse(text("'", parsed.line.overrides.front(), "'"));
+  if (parsed.names_config()) refuse("configuration");
+  if (!parsed.max_time.empty()) refuse("--max-time");
 }
 
 std::filesystem::path config_file(const Parsed& parsed) {
@@ -218,9 +251,13 @@ CommandLine parse_command_line(std::span<const std::string> arguments, const std
   check_no_unknown_option(app);
   if (parsed.help_config) return printing(config_help());
   if (parsed.version) return printing(version());
+  if (parsed.row) parsed.line.command = parsed.row->command;
+  if (parsed.configuration() == Configuration::none) {
+    check_unconfigured(parsed);
+    return parsed.line;
+  }
   check_overrides(parsed);
-  const bool names_config = !parsed.config.empty() || !parsed.config_name.empty() || !parsed.config_path.empty();
-  if (parsed.needs_config || names_config) parsed.line.config = config_file(parsed);
+  if (parsed.configuration() == Configuration::needed || parsed.names_config()) parsed.line.config = config_file(parsed);
   if (!parsed.max_time.empty()) parsed.line.overrides.push_back("max_time=" + parsed.max_time);
   return parsed.line;
 }

@@ -9,6 +9,8 @@
 
 #include "apps/command_line.h"
 #include "apps/encode_command.h"
+#include "apps/export_checkpoint.h"
+#include "apps/inspect.h"
 #include "apps/job.h"
 #include "apps/metrics_command.h"
 #include "apps/models.h"
@@ -43,6 +45,25 @@ Patience patience_of(const Config& config) {
   return patience;
 }
 
+bool is_about_files(Command command) {
+  return command == Command::metrics || command == Command::inspect || command == Command::export_checkpoint;
+}
+
+// Needs one rank, whatever was started.
+ExitCode work_on_files(const CommandLine& command, Communicator& world, const Say& say) {
+  ExitCode code = ExitCode::ok;
+  world.run_together([&] {
+    if (world.rank() != 0) return;
+    if (command.command == Command::inspect)
+      code = inspect(command.path, command.each_tensor, say);
+    else if (command.command == Command::metrics)
+      std::cout << show_metrics(command);
+    else
+      export_checkpoint(command.path, command.out, command.model, say);
+  });
+  return code;
+}
+
 ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::time_point started) {
   Communicator& world = mpi.world();
   const bool speaks = world.rank() == 0;
@@ -57,12 +78,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     if (speaks) std::cout << command.output;
     return ExitCode::ok;
   }
-  if (command.command == Command::metrics) {
-    world.run_together([&] {
-      if (speaks) std::cout << show_metrics(command);
-    });
-    return ExitCode::ok;
-  }
+  if (is_about_files(command.command)) return work_on_files(command, world, say);
   threads = compute_threads(world);
   ConfigFile file;
   Grid grid;

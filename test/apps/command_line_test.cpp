@@ -62,6 +62,36 @@ TEST_CASE("options and overrides apply to a command wherever they stand") {
   CHECK(named_check.config == "check.yaml");
 }
 
+TEST_CASE("commands on files take positional arguments and no configuration") {
+  const CommandLine inspect = parse({"inspect", "a/step-000001", "--tensors"});
+  CHECK(inspect.command == Command::inspect);
+  CHECK(inspect.path == "a/step-000001");
+  CHECK(inspect.each_tensor);
+  CHECK_FALSE(parse({"--tensors", "inspect", "x=y"}).path.empty());
+  // A folder may be named like a command.
+  for (const Words& words : std::vector<Words>{{"export", "inspect", "check", "--model", "export"},
+                                               {"--model=export", "export", "inspect", "check"}}) {
+    const CommandLine line = parse(words);
+    CHECK(line.command == Command::export_checkpoint);
+    CHECK(line.path == "inspect");
+    CHECK(line.out == "check");
+    CHECK(line.model == "export");
+  }
+  CHECK(parse({"export", "a", "b"}).model.empty());
+  CHECK_THAT(parse({"export", "--help"}).output, Catch::Contains("CHECKPOINT") && Catch::Contains("--model FOLDER"));
+
+  CHECK(error_of({"inspect"}) == "command line: PATH is required; see distill --help");
+  CHECK(error_of({"export", "a"}) == "command line: OUT is required; see distill --help");
+  CHECK(error_of({"inspect", "a", "b"}) == "'distill inspect' takes no 'b': distill inspect --help");
+  CHECK(error_of({"inspect", "a", "--config", "x.yaml"}) ==
+        "'distill inspect' takes no configuration: distill inspect --help");
+  CHECK(error_of({"export", "a", "b", "--max-time", "1h"}) ==
+        "'distill export' takes no --max-time: distill export --help");
+  CHECK(error_of({"export", "a", "b", "--tensors"}) == "option '--tensors' belongs to 'distill inspect'");
+  CHECK(error_of({"inspekt", "a"}) == "unknown command 'inspekt': did you mean 'inspect'?");
+  CHECK(error_of({"exprot", "a", "b"}) == "unknown command 'exprot': did you mean 'export'?");
+}
+
 TEST_CASE("a time limit is an override that wins") {
   CHECK(parse({"--config", "x.yaml", "--max-time", "3h55m", "max_time=1h"}).overrides ==
         Words{"max_time=1h", "max_time=3h55m"});

@@ -487,3 +487,91 @@ TEST_CASE("a run that its checkpoints do not allow is refused, by check as well"
   both({"resume_from_checkpoint=true", "max_steps=2", "seed=7"},
        "warning: " + checkpoint + ": was written with seed 42, this run has 7", 0);
 }
+
+TEST_CASE("inspect shows and verifies checkpoints", "[e2e]") {
+  const Workshop shop;
+  REQUIRE(
+      shop.train("teacher-run", {"student_pretrain=" + shop.path("teacher"), "distill_loss_weight=0", "max_steps=4"})
+          .code == 0);
+  const auto inspect = [&](const std::string& path, int code, std::vector<std::string> options = {}) {
+    options.insert(options.begin(), {"inspect", shop.path(path)});
+    const auto result = Process(shop.command(options)).wait();
+    INFO(result.output);
+    CHECK(result.code == code);
+    return result.output;
+  };
+  const std::string two = "teacher-run/checkpoints/step-000002", shard = two + "/student-pp0-tp0-dp0.h5";
+  const std::string one = inspect(two, 0);
+  for (const char* part :
+       {"step 2: 16 samples", "2 optimizer updates", "by distill ", "grid tp 1, pp 1, dp 1", "global batch 8",
+        "in 1 file", "student-pp0-tp0-dp0.h5: ", "good", "values: 26 tensors, f32, ", "exp_avg: 26 tensors, f32, ",
+        "exp_avg_sq: ", "    exp_name: \"teacher-run\"", "complete: every byte is good"})
+    CHECK_THAT(one, Catch::Contains(part));
+  CHECK_THAT(one, !Catch::Contains("values/model.norm.weight"));
+  CHECK_THAT(inspect(two + "/", 0, {"--tensors"}),
+             Catch::Contains("values/model.norm.weight f32 [1, 32]") &&
+                 Catch::Contains("exp_avg/model.embed_tokens.weight f32 [4160, 32]"));
+  for (const std::string folder : {"teacher-run", "teacher-run/checkpoints", "teacher-run/checkpoints/"})
+    CHECK_THAT(inspect(folder, 0), Catch::Contains("step-000002: complete, written ") &&
+                                       Catch::Contains("step-000004: complete, written ") &&
+                                       Catch::Contains("resume_from_checkpoint=true goes on from step-000004"));
+
+  const std::string four = "teacher-run/checkpoints/step-000004", newer = four + "/student-pp0-tp0-dp0.h5";
+  std::string bytes = contents(shop.path(newer));
+  bytes[bytes.size() / 2] ^= 1;
+  shop.write(newer, bytes);
+  CHECK_THAT(inspect("teacher-run", 2), Catch::Contains("step-000004: damaged: " + shop.path(newer)) &&
+                                            Catch::Contains("goes on from step-000002"));
+  CHECK_THAT(inspect(four, 2), Catch::Contains("student-pp0-tp0-dp0.h5: ") && Catch::Contains(", damaged") &&
+                                   Catch::Contains("damaged: " + shop.path(newer) + ": "));
+  fs::remove(shop.path(two + "/manifest.json"));
+  CHECK_THAT(inspect("teacher-run", 2),
+             Catch::Contains("step-000002: damaged: " + shop.path(two) + ": has no manifest") &&
+                 Catch::Contains("finds nothing to go on from"));
+  CHECK_THAT(inspect(two, 2), Catch::Contains("has no manifest.json: not a complete checkpoint"));
+  CHECK_THAT(inspect("student", 2), Catch::Contains(shop.path("student") + ": holds no checkpoints"));
+  CHECK_THAT(inspect("nowhere", 2), Catch::Contains(shop.path("nowhere") + ": no such folder"));
+}
+
+TEST_CASE("a checkpoint is exported without its run as the run would have", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const std::string dtype = GENERATE("fp32", "bf16");
+  const std::string precision = "student.model_args.dtype=" + dtype,
+                    schedule = "student.training_args.lr_scheduler_type=constant";
+  REQUIRE(shop.train("short", {precision, schedule, "max_steps=2"}).code == 0);
+  REQUIRE(shop.train("long", {precision, schedule, "max_steps=4"}).code == 0);
+  const auto export_to = [&](const std::string& out, int code, std::vector<std::string> options = {}) {
+    options.insert(options.begin(), {"export", shop.path("long/checkpoints/step-000002"), shop.path(out)});
+    const auto result = Process(shop.command(options)).wait();
+    INFO(result.output);
+    CHECK(result.code == code);
+    return result.output;
+  };
+  const auto same_as_the_run = [&](const std::string& out) {
+    int files = 0;
+    for (const auto& entry : fs::directory_iterator(shop.path("short/export"))) {
+      ++files;
+      CHECK(contents(entry.path()) == contents(fs::path(shop.path(out)) / entry.path().filename()));
+    }
+    CHECK(files == std::distance(fs::directory_iterator(shop.path(out)), fs::directory_iterator()));
+  };
+  CHECK_THAT(export_to("out", 0), Catch::Contains("(step 2) is in " + shop.path("out")));
+  same_as_the_run("out");
+  CHECK_THAT(export_to("out", 2), Catch::Contains(shop.path("out") + ": exists"));
+  same_as_the_run("out");
+
+  fs::rename(shop.path("student"), shop.path("moved"));
+  CHECK_THAT(export_to("moved-out", 2),
+             Catch::Contains(shop.path("student") + ", is not there") && Catch::Contains("--model FOLDER"));
+  export_to("moved-out", 0, {"--model", shop.path("moved")});
+  same_as_the_run("moved-out");
+  CHECK_THAT(export_to("other", 2, {"--model", shop.path("teacher")}), Catch::Contains("values/model."));
+
+  const std::string shard = "long/checkpoints/step-000002/student-pp0-tp0-dp0.h5";
+  std::string bytes = contents(shop.path(shard));
+  bytes[bytes.size() / 2] ^= 1;
+  shop.write(shard, bytes);
+  CHECK_THAT(export_to("damaged", 2, {"--model", shop.path("moved")}), Catch::Contains(" is damaged"));
+  CHECK_FALSE(fs::exists(shop.path("damaged")));
+}
