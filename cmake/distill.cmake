@@ -9,6 +9,7 @@ if(DISTILL_SANITIZE)
   target_compile_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE} -fno-omit-frame-pointer
                          -fno-sanitize-recover=all)
   target_link_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE})
+  target_compile_definitions(distill_flags INTERFACE "DISTILL_SKIPPED_TARGETS=HWY_AVX3")
   # Instrumented code makes gcc 12 see uninitialised values in std::regex, which Catch uses.
   target_compile_options(distill_flags INTERFACE -Wno-maybe-uninitialized)
 endif()

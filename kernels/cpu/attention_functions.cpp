@@ -5,9 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-// AVX2, AVX-512 and NEON; elsewhere Highway's portable vectors. Vectors without a fixed size cannot be class members.
-#undef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#include "kernels/cpu/targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention_functions.cpp"
 #include "hwy/foreach_target.h"

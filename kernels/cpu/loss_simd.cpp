@@ -10,9 +10,7 @@
 #include "core/error.h"
 #include "kernels/loss_rows.h"
 
-// AVX-512, AVX2 and NEON, and one lane where there is none of them. Vectors without a fixed size cannot be members.
-#undef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#include "kernels/cpu/targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/loss_simd.cpp"
 #include "hwy/foreach_target.h"

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 
-// AVX2, AVX-512 and NEON; elsewhere Highway's portable vectors. Vectors without a fixed size cannot be class members.
-#undef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#include "kernels/cpu/targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/row_functions.cpp"
 #include "hwy/foreach_target.h"

@@ -1,6 +1,5 @@
 // Accuracy of the vector exp and log, in every instruction set of this machine.
-#undef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#include "kernels/cpu/targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "test/kernels/exp_test.cpp"
 #include "hwy/foreach_target.h"
