@@ -29,12 +29,16 @@ Say progress_line(bool shown) {
   return Progress(std::cerr, isatty(STDERR_FILENO));
 }
 
-Grid plan_grid(const Config& config, Communicator& world, int ranks) {
+// The names of the nodes by rank; none where `check --ranks N` plans for N ranks on one node, whatever was started.
+std::vector<std::string> plan_hosts(const Communicator& world, int ranks) {
+  return ranks > 0 ? std::vector<std::string>() : hosts_of(world);
+}
+
+Grid plan_grid(const Config& config, const Communicator& world, int ranks) {
   const StrategyConfig& strategy = config.student.strategy_args.strategy_config;
-  // `check --ranks N` plans for N ranks on one node, whatever was started.
   const std::vector<int> nodes = ranks > 0 ? std::vector<int>(std::size_t(ranks), 0) : nodes_of(world);
   return make_grid(nodes, strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size,
-                   config.needs_teacher());
+                   config.needs_teacher(), plan_hosts(world, ranks));
 }
 
 Patience patience_of(const Config& config) {
@@ -105,7 +109,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
   if (speaks)
     for (const std::string& warning : plan->warnings) std::cerr << "warning: " << warning << std::endl;
   say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));
-  if (plan->grid.places.size() > 1) say(describe(plan->grid, {}));
+  if (plan->grid.places.size() > 1) say(describe(plan->grid, plan_hosts(world, command.ranks)));
   if (command.command == Command::check) {
     say("check: all good");
     return ExitCode::ok;

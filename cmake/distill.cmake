@@ -41,9 +41,9 @@ endfunction()
 # distill_test(tokenizer_test LINKS distill_io [SOURCES …] [RANKS 2] [LABELS slow])
 # One executable and one CTest entry per test file. With RANKS it runs under mpirun with that many ranks, and the test
 # fails unless that many ranks really started (test/support/mpi_main.cpp). Called again with other RANKS it adds an entry;
-# a last call without RANKS adds the run without mpirun.
+# a last call without RANKS adds the run without mpirun. LAUNCHER: a command that starts the test.
 function(distill_test name)
-  cmake_parse_arguments(arg "" "RANKS;TIMEOUT;VARIANT" "SOURCES;LINKS;LABELS;ENVIRONMENT;ARGS" ${ARGN})
+  cmake_parse_arguments(arg "" "RANKS;TIMEOUT;VARIANT" "SOURCES;LINKS;LABELS;ENVIRONMENT;ARGS;LAUNCHER" ${ARGN})
   if(NOT TARGET ${name})
     if(NOT arg_SOURCES)
       set(arg_SOURCES ${name}.cpp)
@@ -73,7 +73,7 @@ function(distill_test name)
     if(arg_VARIANT)
       string(APPEND test_name .${arg_VARIANT})
     endif()
-    add_test(NAME ${test_name} COMMAND ${name} ${arg_ARGS})
+    add_test(NAME ${test_name} COMMAND ${arg_LAUNCHER} $<TARGET_FILE:${name}> ${arg_ARGS})
   endif()
   if("tsan" IN_LIST arg_LABELS)
     set_property(GLOBAL APPEND PROPERTY DISTILL_TSAN_TESTS ${name})

@@ -30,13 +30,16 @@ std::string next_counts(int n, int unit) {
 }
 
 // roles: 2 with a teacher. What is suggested fits the whole grid where there is one node, and its part of it otherwise.
-void check_counts(const std::vector<std::vector<int>>& by_node, int tp, int pp, int roles) {
+void check_counts(const std::vector<std::vector<int>>& by_node, std::span<const std::string> hosts, int tp, int pp,
+                  int roles) {
   const bool is_one_node = by_node.size() == 1;
   const int unit = roles * tp * (is_one_node ? pp : 1);
   int total = 0;
   for (std::size_t node = 0; node < by_node.size(); ++node) {
     const int count = int(by_node[node].size());
-    const std::string where = is_one_node ? "" : text(" on node ", node);
+    const std::string where = is_one_node     ? ""
+                              : hosts.empty() ? text(" on node ", node)
+                                              : text(" on ", hosts[std::size_t(by_node[node].front())]);
     check_input(count % roles == 0, ranks(count), where, " cannot be split into as many students as teachers: start ",
                 next_counts(count, unit), " ranks", where,
                 ", or set distill_loss_weight: 0 to train without a teacher on any number");
@@ -64,12 +67,12 @@ std::string_view name_of(Role role) {
   return "?";
 }
 
-Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher) {
+Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher, std::span<const std::string> hosts) {
   check(!nodes.empty() && tp > 0 && pp > 0, "grid of ", nodes.size(), " ranks, tp_size ", tp, ", pp_size ", pp);
   const auto by_node = ranks_by_node(nodes);
   const bool is_alone = nodes.size() == 1 && tp * pp == 1;
   const int roles = has_teacher && !is_alone ? 2 : 1;
-  check_counts(by_node, tp, pp, roles);
+  check_counts(by_node, hosts, tp, pp, roles);
 
   Grid grid;
   grid.sizes = {tp, pp, int(nodes.size()) / (roles * tp * pp)};
@@ -108,6 +111,12 @@ std::vector<int> nodes_of(const Communicator& world) {
   return nodes;
 }
 
+std::vector<std::string> hosts_of(const Communicator& world) {
+  std::vector<std::string> hosts;
+  for (const Member& member : world.members()) hosts.push_back(member.host);
+  return hosts;
+}
+
 std::string describe(const Grid& grid, std::span<const std::string> hosts) {
   std::ostringstream out;
   out << "grid: tp " << grid.sizes.tp << ", dp " << grid.sizes.dp << ", pp " << grid.sizes.pp << ", "
@@ -132,8 +141,8 @@ Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers) {
   const Place& me = grid.places[std::size_t(world.rank())];
   const GridSizes& sizes = grid.sizes;
   Groups groups;
-  groups.role = world.split(is_student(me.role) ? 0 : 1, role_rank(sizes, me),
-                            is_student(me.role) ? "students" : "teachers");
+  groups.role =
+      world.split(is_student(me.role) ? 0 : 1, role_rank(sizes, me), is_student(me.role) ? "students" : "teachers");
   const auto group = [&](const char* name, int color, int key) {
     return groups.role->split(color, key, text(name, " ", color, " of ", groups.role->name()));
   };
@@ -146,8 +155,8 @@ Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers) {
   const bool is_end = sizes.pp > 1 && (me.pp_rank == 0 || me.pp_rank == sizes.pp - 1);
   groups.tied = group("tied embeddings", is_end ? pipeline : -1, me.pp_rank);
   const bool has_partner = me.partner >= 0 && me.partner != world.rank();
-  groups.partners = world.split(has_partner ? std::min(me.partner, world.rank()) : -1, is_student(me.role) ? 0 : 1,
-                                "partners");
+  groups.partners =
+      world.split(has_partner ? std::min(me.partner, world.rank()) : -1, is_student(me.role) ? 0 : 1, "partners");
   return groups;
 }
 

@@ -36,11 +36,13 @@ struct Grid {
 
 // nodes: the node of each rank, any numbers. tp and pp are given, dp follows: ranks of a role / (tp·pp). With a teacher
 // the first half of each node's ranks are students and the second half teachers. Grid order, fastest first: tp, dp, pp.
-// A count that does not fit is an input error that says what to start instead.
-Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher);
+// A count that does not fit is an input error that says what to start instead. hosts: the name of each rank's node for
+// that message, or empty.
+Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher, std::span<const std::string> hosts = {});
 
-// The nodes of a world.
+// The nodes of a world, and their names; by rank.
 std::vector<int> nodes_of(const Communicator& world);
+std::vector<std::string> hosts_of(const Communicator& world);
 
 // A small table of it, a line per rank. hosts: by world rank, or empty.
 std::string describe(const Grid& grid, std::span<const std::string> hosts = {});
@@ -50,8 +52,8 @@ struct Groups {
   std::unique_ptr<Communicator> role;  // all students, or all teachers; by pp, dp and tp coordinate
   std::unique_ptr<Communicator> tp, dp;
   std::unique_ptr<Communicator> pp_forward, pp_backward;  // the same ranks, one for each direction
-  std::unique_ptr<Communicator> kv;    // tensor-parallel neighbours that share key/value heads
-  std::unique_ptr<Communicator> tied;  // first and last stage; null on others and where these are one
+  std::unique_ptr<Communicator> kv;                       // tensor-parallel neighbours that share key/value heads
+  std::unique_ptr<Communicator> tied;      // first and last stage; null on others and where these are one
   std::unique_ptr<Communicator> partners;  // a student and its teacher; null where there is one role
 };
 // kv_sharers: tensor-parallel ranks that hold the same key/value heads.

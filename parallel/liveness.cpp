@@ -27,6 +27,11 @@ std::uint64_t own_pid_space() {
   return stat("/proc/self/ns/pid", &info) == 0 ? info.st_ino : 0;
 }
 
+std::string no_sign_for(Silence::Duration silent, const char* reasons) {
+  return text("has shown no sign of life for ", std::chrono::duration<double>(silent).count(), " s (", reasons,
+              "; peer_dead_after)");
+}
+
 }  // namespace
 
 LifeSign& LifeSign::sign() {
@@ -45,33 +50,47 @@ Descriptor::~Descriptor() {
   if (fd_ >= 0) close(fd_);
 }
 
-Heart::Heart(LifeSign& sign, std::chrono::milliseconds period) : wake_(eventfd(0, EFD_CLOEXEC)) {
+SmallThread::SmallThread(std::function<void(int)> body) : wake_(eventfd(0, EFD_CLOEXEC)) {
   check(bool(wake_), "eventfd: ", std::strerror(errno));
   // Signals are for the threads that handle them.
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, &before);
-  thread_ = std::thread([&sign, period, fd = wake_.get()] {
-    pollfd stop{fd, POLLIN, 0};
-    do sign.beats.fetch_add(1, std::memory_order_relaxed);
-    while (poll(&stop, 1, int(period.count())) <= 0);
-  });
+  thread_ = std::thread(std::move(body), wake_.get());
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-Heart::~Heart() {
+SmallThread::~SmallThread() {
   const std::uint64_t one = 1;
   while (write(wake_.get(), &one, sizeof one) < 0 && errno == EINTR) {
   }
   thread_.join();
 }
 
+Heart::Heart(LifeSign& sign, std::chrono::milliseconds period)
+    : thread_([&sign, period](int stop) {
+        pollfd wake{stop, POLLIN, 0};
+        do sign.beats.fetch_add(1, std::memory_order_relaxed);
+        while (poll(&wake, 1, int(period.count())) <= 0);
+      }) {}
+
+Silence::Duration Silence::look(const LifeSign& sign, bool counts) {
+  const auto now = std::chrono::steady_clock::now();
+  const std::uint64_t beats = sign.beats.load(std::memory_order_relaxed);
+  if (beats != beats_)
+    silent_ = {};
+  else if (counts)
+    silent_ += std::min<Duration>(now - last_, 250ms);
+  beats_ = beats;
+  last_ = now;
+  return silent_;
+}
+
 PeerWatch::PeerWatch(const LifeSign& sign)
     : sign_(&sign),
       pid_(sign.pid.load(std::memory_order_relaxed)),
       same_pid_space_(sign.pid_space.load(std::memory_order_relaxed) == own_pid_space()),
-      process_(same_pid_space_ ? int(syscall(SYS_pidfd_open, pid_, 0)) : -1),
-      last_(std::chrono::steady_clock::now()) {}
+      process_(same_pid_space_ ? int(syscall(SYS_pidfd_open, pid_, 0)) : -1) {}
 
 bool PeerWatch::ended() const {
   if (process_) {
@@ -83,17 +102,9 @@ bool PeerWatch::ended() const {
 
 std::string PeerWatch::trouble(std::chrono::milliseconds dead_after) {
   if (ended()) return "is gone: its process ended";
-  const auto now = std::chrono::steady_clock::now();
-  const std::uint64_t beats = sign_->beats.load(std::memory_order_relaxed);
-  if (beats != beats_)
-    silent_ = {};
-  else
-    silent_ += std::min<std::chrono::steady_clock::duration>(now - last_, 250ms);
-  beats_ = beats;
-  last_ = now;
-  if (silent_ < dead_after) return {};
-  return text("has shown no sign of life for ", std::chrono::duration<double>(silent_).count(),
-              " s (stopped, or its node hangs; peer_dead_after)");
+  const Silence::Duration silent = silence_.look(*sign_);
+  if (silent < dead_after) return {};
+  return no_sign_for(silent, "stopped, or its node hangs");
 }
 
 NodeLives::NodeLives(std::shared_ptr<std::byte> signs, std::size_t count, std::size_t mine)
@@ -114,10 +125,28 @@ void NodeLives::watch(int world_rank, std::size_t index) {
   watches_.emplace(world_rank, PeerWatch(at(index)));
 }
 
+void NodeLives::watch_far(int world_rank, std::size_t index, int listener) {
+  const std::lock_guard lock(mutex_);
+  far_.emplace(world_rank, Far{index, listener, {}});
+}
+
 std::string NodeLives::trouble(int world_rank, std::chrono::milliseconds dead_after) {
   const std::lock_guard lock(mutex_);
-  const auto found = watches_.find(world_rank);
-  return found == watches_.end() ? std::string() : found->second.trouble(dead_after);
+  if (const auto near = watches_.find(world_rank); near != watches_.end()) return near->second.trouble(dead_after);
+  if (const auto far = far_.find(world_rank); far != far_.end()) return far_trouble(far->second, dead_after);
+  return {};
+}
+
+// Where the listener itself is silent, nothing can be said about other nodes, and its own end is the trouble.
+std::string NodeLives::far_trouble(Far& far, std::chrono::milliseconds dead_after) {
+  bool is_heard = at(far.index).beats.load(std::memory_order_relaxed) != 0;
+  if (const auto listener = watches_.find(far.listener); listener != watches_.end()) {
+    if (const std::string trouble = listener->second.trouble(dead_after); !trouble.empty())
+      return text("is no longer heard of: rank ", far.listener, ", which listens for this node, ", trouble);
+    is_heard = is_heard && listener->second.silent() < 500ms;
+  }
+  const Silence::Duration silent = far.silence.look(at(far.index), is_heard);
+  return silent < dead_after ? std::string() : no_sign_for(silent, "stopped, or its node is lost or out of reach");
 }
 
 }  // namespace distill

@@ -3,15 +3,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <iostream>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "parallel/node_pulse.h"
 #include "parallel/parallel.h"
 #include "parallel/reduce.h"
 #include "parallel/shared_group.h"
@@ -70,6 +73,7 @@ class Comm {
 struct Node {
   std::shared_ptr<GroupMemory> memory = segment_memory();
   std::shared_ptr<NodeLives> lives;  // null until the session has them
+  std::unique_ptr<NodePulse> pulse;  // on the first rank of a node, where there are several nodes
 };
 
 // A group that talks through MPI messages. Every operation posts all it has to send and to receive and naps until that
@@ -303,6 +307,9 @@ std::string host_name() {
   return gethostname(name, sizeof name - 1) == 0 ? name : "unknown host";
 }
 
+// How long MPI_Abort may take to end this process; after that it ends itself.
+constexpr std::chrono::seconds abort_grace(5);
+
 // Number of this rank's node: nodes are counted in the order of their lowest ranks.
 int node_number(int rank, int ranks) {
   MPI_Comm node = MPI_COMM_NULL;
@@ -318,27 +325,59 @@ int node_number(int rank, int ranks) {
   return int(std::lower_bound(all.begin(), all.end(), lowest) - all.begin());
 }
 
-// Signs of life of all ranks of this node, in memory they share. Every rank of world calls it.
-std::shared_ptr<NodeLives> start_lives(Communicator& world, GroupMemory& memory) {
-  const std::vector<int> here = ranks_of_node(world);
-  const bool is_maker = here.front() == world.rank();
-  const std::size_t bytes = here.size() * sizeof(LifeSign);
-  const std::size_t mine = std::size_t(std::find(here.begin(), here.end(), world.rank()) - here.begin());
+// Ranks of each node, in their order.
+std::vector<std::vector<int>> ranks_by_node(const Communicator& world) {
+  std::vector<std::vector<int>> nodes;
+  for (int r = 0; r < world.size(); ++r) {
+    const std::size_t node = std::size_t(world.members()[std::size_t(r)].node);
+    if (node >= nodes.size()) nodes.resize(node + 1);
+    nodes[node].push_back(r);
+  }
+  return nodes;
+}
+
+// Signs of life of all ranks in memory that those of this node share; the signs of a node lie side by side. Every rank
+// of world calls it.
+void start_lives(Communicator& world, Node& node) {
+  const std::vector<std::vector<int>> nodes = ranks_by_node(world);
+  const std::size_t own = std::size_t(world.members()[std::size_t(world.rank())].node);
+  const int speaker = nodes[own].front();  // makes the table and speaks with other nodes
+  std::vector<int> order;                  // which rank signs at each index
+  for (const std::vector<int>& ranks : nodes) order.insert(order.end(), ranks.begin(), ranks.end());
+  const auto index_of = [&](int rank) {
+    return std::size_t(std::find(order.begin(), order.end(), rank) - order.begin());
+  };
+  const std::size_t bytes = order.size() * sizeof(LifeSign);
   GroupMemory::Block block;
   std::string ticket;
   world.run_together([&] {
-    if (is_maker) block = memory.make(bytes, "the table of ranks", ticket);
+    if (speaker != world.rank()) return;
+    block = node.memory->make(bytes, "the table of ranks", ticket);
+    if (nodes.size() > 1) node.pulse = std::make_unique<NodePulse>();
   });
   const std::vector<std::string> tickets = world.all_gather(ticket);
-  std::shared_ptr<NodeLives> lives;
   world.run_together([&] {
-    if (!is_maker) block = memory.attach(tickets[std::size_t(here.front())], bytes);
-    lives = std::make_shared<NodeLives>(block, here.size(), mine);
+    if (!block) block = node.memory->attach(tickets[std::size_t(speaker)], bytes);
+    node.lives = std::make_shared<NodeLives>(block, order.size(), index_of(world.rank()));
   });
-  if (is_maker) memory.seal(ticket);
-  for (std::size_t i = 0; i < here.size(); ++i)
-    if (i != mine) lives->watch(here[i], i);
-  return lives;
+  if (speaker == world.rank()) node.memory->seal(ticket);
+  for (const int rank : order)
+    if (world.members()[std::size_t(rank)].node != int(own))
+      node.lives->watch_far(rank, index_of(rank), speaker);
+    else if (rank != world.rank())
+      node.lives->watch(rank, index_of(rank));
+  if (nodes.size() == 1) return;
+
+  const std::string secret = world.broadcast(world.rank() == 0 ? NodePulse::make_secret() : "", 0);
+  const std::vector<std::string> cards = world.all_gather(node.pulse ? node.pulse->card() : "");
+  if (!node.pulse) return;
+  std::vector<Station> stations;
+  for (const std::vector<int>& ranks : nodes) {
+    const std::size_t first = std::size_t(ranks.front());
+    LifeSign* const signs = reinterpret_cast<LifeSign*>(block.get()) + index_of(ranks.front());
+    stations.push_back({world.members()[first].host, cards[first], {signs, ranks.size()}});
+  }
+  node.pulse->start(std::move(stations), own, block, secret);
 }
 
 }  // namespace
@@ -379,7 +418,7 @@ MpiSession::MpiSession(int& argc, char**& argv) : state_(std::make_unique<State>
     state_->members[std::size_t(r)] = {r, other[0], from.substr(sizeof other), other[1]};
   }
   auto named = messages("world");
-  state_->node->lives = start_lives(*named, *state_->node->memory);
+  start_lives(*named, *state_->node);
   const bool one_node =
       std::all_of(state_->members.begin(), state_->members.end(), [](const Member& m) { return m.node == 0; });
   std::vector<int> everybody;
@@ -429,6 +468,11 @@ std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t
 void MpiSession::abort_all(int code) {
   std::cout << std::flush;
   std::cerr << std::flush;
+  // Another thread may hold the turn for good, and MPI_Abort may wait for a node that is gone.
+  std::thread([code] {
+    std::this_thread::sleep_for(abort_grace);
+    std::_Exit(code);
+  }).detach();
   mpi_turn().lock();  // for good: no other thread is within MPI any more
   MPI_Abort(MPI_COMM_WORLD, code);
   std::_Exit(code);

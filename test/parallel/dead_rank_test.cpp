@@ -145,3 +145,39 @@ TEST_CASE("a process that was stopped itself does not blame the others") {
   all_reduce(*world, 1000);
   CHECK(other.wait() == 0);
 }
+
+TEST_CASE("a rank of another node is judged by what is heard of it") {
+  const Cradle cradle(2);
+  NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 2, 0);
+  lives.watch_far(5, 1, /*listener=*/0);
+  const auto trouble_within = [&](std::chrono::milliseconds time, bool beats) {
+    std::string trouble;
+    for (const auto end = Clock::now() + time; trouble.empty() && Clock::now() < end;
+         std::this_thread::sleep_for(20ms)) {
+      if (beats) ++cradle.sign(1).beats;
+      trouble = lives.trouble(5, 300ms);
+    }
+    return trouble;
+  };
+  CHECK(trouble_within(600ms, false).empty());  // never heard: nothing is known
+  CHECK(trouble_within(600ms, true).empty());
+  CHECK_THAT(trouble_within(5s, false), Contains("has shown no sign of life for 0.3") && Contains("out of reach"));
+}
+
+TEST_CASE("where the rank that listens stops, other nodes are not blamed") {
+  const Cradle cradle(3);
+  Child listener([&] {
+    const NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 3, 1);
+    for (int i = 0; i < 50; ++i, std::this_thread::sleep_for(10ms)) ++cradle.sign(2).beats;
+    raise(SIGSTOP);
+  });
+  NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 3, 0);
+  while (cradle.sign(1).pid == 0) std::this_thread::sleep_for(1ms);
+  lives.watch(1, 1);
+  lives.watch_far(5, 2, /*listener=*/1);
+  std::string trouble;
+  for (const auto end = Clock::now() + 10s; trouble.empty() && Clock::now() < end; std::this_thread::sleep_for(20ms))
+    trouble = lives.trouble(5, 1500ms);
+  CHECK_THAT(trouble,
+             Contains("is no longer heard of: rank 1, which listens for this node, has shown no sign of life"));
+}

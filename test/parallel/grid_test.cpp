@@ -8,6 +8,7 @@
 #include "parallel/parallel.h"
 
 using namespace distill;
+using Catch::Matchers::StartsWith;
 
 namespace {
 
@@ -131,6 +132,9 @@ TEST_CASE("counts that do not fit say what to start instead") {
   CHECK(error_of({0, 0, 0, 1, 1, 1}, 2, 1, false) ==
         "3 ranks on node 0 cannot be cut into groups of tp_size 2 (a group stays inside a node): start 2 or 4 ranks on "
         "node 0");
+  const std::string hosts[] = {"node-a", "node-a", "node-b"};
+  CHECK_THROWS_WITH(make_grid({{0, 0, 1}}, 1, 1, true, hosts), StartsWith("1 rank on node-b cannot be split"));
+  CHECK_THROWS_WITH(make_grid(one_node(3), 1, 1, true, hosts), StartsWith("3 ranks cannot be split"));
   CHECK(error_of(one_node(6), 1, 2, true) ==
         "6 ranks (half of them students) cannot be cut into grids of tp_size 1 x pp_size 2: start 4 or 8 ranks");
   CHECK(
