@@ -33,7 +33,8 @@ PositionCost position_cost(const RunPlan& plan, Device& device) {
   const Config& config = plan.config;
   const GridSizes& sizes = plan.grid.sizes;
   const double model_ranks = sizes.tp * sizes.pp;
-  const double tokens = double(plan.train.samples.tokens().size()) / double(std::max<std::int64_t>(plan.train.supervised, 1));
+  const double tokens =
+      double(plan.train.samples.tokens().size()) / double(std::max<std::int64_t>(plan.train.supervised, 1));
   const std::int64_t columns = head_part(plan, *plan.teacher, 0).columns;
   const double head = 2 * double(plan.teacher->hidden) * double(plan.teacher->vocabulary);
   const auto peak = config.peak_flops.value;
@@ -43,8 +44,8 @@ PositionCost position_cost(const RunPlan& plan, Device& device) {
           .student_flops = tokens * flops_per_token(plan.student, true) / model_ranks,
           .teacher_flops = std::max(0.0, tokens * flops_per_token(*plan.teacher, false) - head) / model_ranks,
           .flops_per_second = peak ? *peak : measure_peak_flops(device, config.teacher.model_args.dtype),
-          .copy_bytes_per_second = config.logits_transfer_backend == LogitsTransfer::network ? assumed_network_rate
-                                                                                             : measure_copy_rate()};
+          .copy_bytes_per_second =
+              config.logits_transfer_backend == LogitsTransfer::network ? assumed_network_rate : measure_copy_rate()};
 }
 
 // The rows of the teacher's head that its partner would multiply with, [columns, H].

@@ -98,8 +98,8 @@ const std::vector<CommandRow>& commands() {
       {Command::encode, Configuration::needed, "encode",
        "Encode the records and keep them in <output_dir>/encoded, where later runs with the same data find them",
        [](CLI::App&, CommandLine&) {}},
-      {Command::metrics, Configuration::optional, "metrics", "Look at the metrics of a run: finished, going on or killed",
-       add_metrics_options},
+      {Command::metrics, Configuration::optional, "metrics",
+       "Look at the metrics of a run: finished, going on or killed", add_metrics_options},
       {Command::inspect, Configuration::none, "inspect",
        "Show what a checkpoint holds and verify every byte; list those of a run",
        [](CLI::App& app, CommandLine& line) {
@@ -257,7 +257,8 @@ CommandLine parse_command_line(std::span<const std::string> arguments, const std
     return parsed.line;
   }
   check_overrides(parsed);
-  if (parsed.configuration() == Configuration::needed || parsed.names_config()) parsed.line.config = config_file(parsed);
+  if (parsed.configuration() == Configuration::needed || parsed.names_config())
+    parsed.line.config = config_file(parsed);
   if (!parsed.max_time.empty()) parsed.line.overrides.push_back("max_time=" + parsed.max_time);
   return parsed.line;
 }

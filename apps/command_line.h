@@ -33,9 +33,9 @@ struct CommandLine {
   std::vector<std::string> overrides;  // key=value, in the order given; --max-time is one of them
   int ranks = 0;                       // check: ranks to plan for; 0: as many as were started
   MetricsRequest metrics;
-  std::string path;                    // inspect, export_checkpoint: what to read
-  bool each_tensor = false;            // inspect: not only a summary
-  std::string out, model;              // export_checkpoint: folder to write; student's folder, empty: the run's
+  std::string path;          // inspect, export_checkpoint: what to read
+  bool each_tensor = false;  // inspect: not only a summary
+  std::string out, model;    // export_checkpoint: folder to write; student's folder, empty: the run's
   std::string output;
 };
 

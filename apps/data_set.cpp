@@ -122,9 +122,9 @@ DataSet encode_data(const ConfigFile& file, const DataFiles& source, const Token
   EncodedRecords encoded = encode_records(
       records.records, [&](std::string_view t) { return tokenizer.encode(t); },
       [&](std::span<const Message> conversation, bool prompt) { return chat->render(conversation, prompt); }, options);
-  check_input(encoded.samples.size() > 0, file.where(source.key), ": ", source.key, ": none of the ", records.records.size(),
-              " records of ", joined(source.files), " has an answer that begins within ", config.sequence_length,
-              " tokens (sequence_length)");
+  check_input(encoded.samples.size() > 0, file.where(source.key), ": ", source.key, ": none of the ",
+              records.records.size(), " records of ", joined(source.files), " has an answer that begins within ",
+              config.sequence_length, " tokens (sequence_length)");
   DataSet data;
   if (records.bad > 0) data.bad_records = records.describe_bad();
   data.bad = records.bad;

@@ -138,8 +138,8 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {
-    TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload,
-                *groups.pp_forward, *groups.pp_backward)
+    TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload, *groups.pp_forward,
+                *groups.pp_backward)
         .run(first_step, plan.total_steps);
     return ExitCode::ok;
   }

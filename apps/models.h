@@ -11,8 +11,8 @@
 namespace distill {
 
 // Fills `values`, the storage of `table`, from the folder, and the optimiser's masters (null: there are none) with the
-// file's full precision. Random weights are drawn from `seed` with the family's initializer_range; norms start at 1, biases
-// at 0.
+// file's full precision. Random weights are drawn from `seed` with the family's initializer_range; norms start at 1,
+// biases at 0.
 void fill_weights(Device& device, const std::filesystem::path& folder, const ParamTable& table, const ModelSpec& spec,
                   std::uint64_t seed, View values, Optimizer* optimizer);
 

@@ -79,7 +79,8 @@ std::string misfit(const ModelSpec& spec, int tp, int pp) {
   if (spec.q_heads % tp != 0) return text(spec.q_heads, " attention heads are no multiple of tp_size ", tp);
   if (spec.kv_heads % tp != 0 && tp % spec.kv_heads != 0)
     return text(spec.kv_heads, " key/value heads and tp_size ", tp, " do not divide each other");
-  if (spec.feed_forward % tp != 0) return text("intermediate_size ", spec.feed_forward, " is no multiple of tp_size ", tp);
+  if (spec.feed_forward % tp != 0)
+    return text("intermediate_size ", spec.feed_forward, " is no multiple of tp_size ", tp);
   if (spec.layers < pp) return text(spec.layers, " layers are fewer than pp_size ", pp);
   return {};
 }
@@ -103,11 +104,11 @@ void check_grid_fits(const ConfigFile& file, const RunPlan& plan) {
   for (const ModelSpec* model : models) {
     const std::string problem = misfit(*model, tp, pp);
     const bool is_layers = problem.find("layers") != std::string::npos;
-    const std::string key = text("student.strategy_args.strategy_config.",
-                                 is_layers ? "pipeline" : "tensor", "_model_parallel_size");
+    const std::string key =
+        text("student.strategy_args.strategy_config.", is_layers ? "pipeline" : "tensor", "_model_parallel_size");
     check_input(problem.empty(), file.where(key), ": ", key, ": the ", model == &plan.student ? "student" : "teacher",
-                "'s ", problem, "; grids that fit ", tp * pp * dp, tp * pp * dp == 1 ? " rank" : " ranks", " a role: ",
-                fitting_grids(models, tp * pp * dp));
+                "'s ", problem, "; grids that fit ", tp * pp * dp, tp * pp * dp == 1 ? " rank" : " ranks",
+                " a role: ", fitting_grids(models, tp * pp * dp));
   }
 }
 
@@ -265,8 +266,9 @@ std::unique_ptr<DataSource> training_data(const RunPlan& plan, int dp_rank) {
 std::unique_ptr<DataSource> validation_data(const RunPlan& plan, int dp_rank) {
   if (!plan.validation) return nullptr;
   return std::make_unique<EncodedDataSource>(
-      plan.validation->samples, validation_plan(plan.config.student.infer_batch_size, plan.grid.sizes.dp, dp_rank,
-                                                data_plan(plan, dp_rank).layout, data_plan(plan, dp_rank).row_multiple));
+      plan.validation->samples,
+      validation_plan(plan.config.student.infer_batch_size, plan.grid.sizes.dp, dp_rank,
+                      data_plan(plan, dp_rank).layout, data_plan(plan, dp_rank).row_multiple));
 }
 
 VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank) {
@@ -275,8 +277,8 @@ VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank
 
 ChannelShape channel_shape(const RunPlan& plan, const Place& place, Payload payload) {
   return {.positions = plan.logits_chunk,
-          .columns = payload == Payload::hidden ? plan.teacher->hidden
-                                                : head_part(plan, *plan.teacher, place.tp_rank).columns,
+          .columns =
+              payload == Payload::hidden ? plan.teacher->hidden : head_part(plan, *plan.teacher, place.tp_rank).columns,
           .dtype = plan.config.teacher.model_args.dtype,
           .slots = plan.config.logits_ring_slots};
 }

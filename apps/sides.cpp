@@ -114,8 +114,8 @@ class ParameterGather {
         Place place;
         place.tp_rank = tp;
         place.pp_rank = pp;
-        holders_.push_back({role_rank(sizes, place), tp,
-                            param_table(model.spec(), model_part(plan, model.spec(), place), sizes.dp)});
+        holders_.push_back(
+            {role_rank(sizes, place), tp, param_table(model.spec(), model_part(plan, model.spec(), place), sizes.dp)});
       }
   }
 
@@ -152,8 +152,8 @@ class ParameterGather {
   }
   void place(const Param& part) {
     for (std::int64_t r = 0; r < part.rows; ++r)
-      std::memcpy(values_.data() + (part.first_row + r) * part.whole_cols + part.first_col, part_.data() + r * part.cols,
-                  std::size_t(part.cols) * sizeof(float));
+      std::memcpy(values_.data() + (part.first_row + r) * part.whole_cols + part.first_col,
+                  part_.data() + r * part.cols, std::size_t(part.cols) * sizeof(float));
   }
 
   Device& device_;

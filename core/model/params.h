@@ -1,5 +1,6 @@
-// The table of parameters: the single source for loading, saving, optimiser, ZeRO ranges, gradient norm and checkpoints.
-// All parameters that a rank holds lie in one flat storage; values, gradients and optimiser state share its offsets.
+// The table of parameters: the single source for loading, saving, optimiser, ZeRO ranges, gradient norm and
+// checkpoints. All parameters that a rank holds lie in one flat storage; values, gradients and optimiser state share
+// its offsets.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +24,10 @@ struct Param {
   bool decay = false;      // takes weight decay: matrices do, norms and biases do not
   Init init = Init::normal;
   std::int64_t whole_rows = 1, whole_cols = 0, first_row = 0, first_col = 0;
-  int sharers = 1;         // neighbouring tensor-parallel ranks that hold the same part
-  bool is_partial = false; // a rank's gradient covers its heads or tokens only: the sharers' sum is the gradient
-  bool is_copy = false;    // the first pipeline stage holds it too and is the one that counts (tied head)
-  int index = 0;           // among the parameters of the whole model
+  int sharers = 1;          // neighbouring tensor-parallel ranks that hold the same part
+  bool is_partial = false;  // a rank's gradient covers its heads or tokens only: the sharers' sum is the gradient
+  bool is_copy = false;     // the first pipeline stage holds it too and is the one that counts (tied head)
+  int index = 0;            // among the parameters of the whole model
   std::int64_t offset = 0;  // first element in the flat storage
 
   std::int64_t size() const { return rows * cols; }
@@ -52,7 +53,8 @@ struct ModelPart {
   VocabularyPart vocabulary;
 };
 
-// Layers of pipeline stage `stage` of `stages`: as even as can be, the first ones one shorter (they hold the embedding).
+// Layers of pipeline stage `stage` of `stages`: as even as can be, the first ones one shorter (they hold the
+// embedding).
 Range stage_layers(int layers, int stages, int stage);
 
 class ParamTable {
@@ -63,8 +65,8 @@ class ParamTable {
   const std::vector<Param>& all() const { return params_; }
   // Elements of the flat storage, gaps for alignment included; gaps hold zeros.
   std::int64_t storage_size() const { return end_; }
-  // Consecutive ranges that cover the storage: embedding, each layer, final norm, head. The backward completes them from
-  // the last to the first.
+  // Consecutive ranges that cover the storage: embedding, each layer, final norm, head. The backward completes them
+  // from the last to the first.
   const std::vector<Range>& buckets() const { return buckets_; }
   // Number of parameters in the usual sense.
   std::int64_t count() const;

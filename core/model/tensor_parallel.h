@@ -1,7 +1,7 @@
 // Tensor and sequence parallelism as pairs of conjugate regions (Shoeybi et al. 2019; Korthikanti et al. 2022). Between
-// blocks a rank holds the rows of the residual stream that are its own: all tokens, or with sequence parallelism an equal
-// part of them. A branch enters its column-parallel product with all tokens and leaves its row-parallel product with a
-// partial sum. The backward of entering is leaving and the other way round, so two operations are all there is:
+// blocks a rank holds the rows of the residual stream that are its own: all tokens, or with sequence parallelism an
+// equal part of them. A branch enters its column-parallel product with all tokens and leaves its row-parallel product
+// with a partial sum. The backward of entering is leaving and the other way round, so two operations are all there is:
 //
 //                         forward of entering, backward of leaving    forward of leaving, backward of entering
 //   whole tokens          nothing                                     sum over the ranks
@@ -14,7 +14,8 @@ namespace distill {
 
 class TensorParallel {
  public:
-  TensorParallel(Communicator& group, bool cuts_tokens) : group_(group), cuts_tokens_(cuts_tokens && group.size() > 1) {}
+  TensorParallel(Communicator& group, bool cuts_tokens)
+      : group_(group), cuts_tokens_(cuts_tokens && group.size() > 1) {}
 
   int size() const { return group_.size(); }
   int rank() const { return group_.rank(); }

@@ -193,7 +193,8 @@ View Transformer::input(int m, int layer, std::int64_t tokens) const {
 }
 
 BlockActivations Transformer::activations(int m, int layer, std::int64_t tokens) const {
-  const BlockActivations &shared = work_.transient, kept = limits_.trains ? slot(m).blocks[std::size_t(layer)] : BlockActivations{};
+  const BlockActivations &shared = work_.transient,
+                         kept = limits_.trains ? slot(m).blocks[std::size_t(layer)] : BlockActivations{};
   const auto here = [](const View& own, const View& other, std::int64_t n) { return rows(own.data ? own : other, n); };
   const std::int64_t own = tp_.own_rows(tokens);
   return {.normed = here(kept.normed, shared.normed, own),
@@ -279,6 +280,18 @@ void Transformer::attention_backward(const BlockParams& w, const BlockParams& dw
   tp_.sum(dnormed, partial);
 }
 
+// normed → gate_up: the attention branch, its sum with the block's input x, and the first product of the other branch.
+void Transformer::block_to_gate(const BlockParams& w, const BlockActivations& a, const DeviceBatch& batch, View x) {
+  const std::int64_t t = batch.token_count();
+  const View branch = rows(work_.branch, tp_.own_rows(t)), partial = partial_of(branch, t);
+  qkv_forward(w, a, batch);
+  attend(w, a, batch);
+  device_.gemm(partial, a.attended, transposed(w.output));
+  tp_.sum(branch, partial);
+  device_.add_rms_norm(a.middle, a.middle_normed, a.middle_inv_rms, x, branch, w.middle_norm, spec_.norm_eps);
+  device_.gemm(a.gate_up, all_tokens(a.middle_normed, t), transposed(w.gate_up));
+}
+
 // The block's output joins the residual stream where the next block's norm, which rides on the sum, is at hand.
 void Transformer::block_forward(int m, int layer, const DeviceBatch& batch) {
   const std::int64_t t = batch.token_count();
@@ -286,12 +299,7 @@ void Transformer::block_forward(int m, int layer, const DeviceBatch& batch) {
   const BlockActivations a = activations(m, layer, t);
   const View x = input(m, layer, t), branch = rows(work_.branch, tp_.own_rows(t)), partial = partial_of(branch, t);
   if (layer == 0) device_.rms_norm(a.normed, a.inv_rms, x, w.input_norm, spec_.norm_eps);
-  qkv_forward(w, a, batch);
-  attend(w, a, batch);
-  device_.gemm(partial, a.attended, transposed(w.output));
-  tp_.sum(branch, partial);
-  device_.add_rms_norm(a.middle, a.middle_normed, a.middle_inv_rms, x, branch, w.middle_norm, spec_.norm_eps);
-  device_.gemm(a.gate_up, all_tokens(a.middle_normed, t), transposed(w.gate_up));
+  block_to_gate(w, a, batch, x);
   device_.swiglu(a.gated, a.gate_up);
   device_.gemm(partial, a.gated, transposed(w.down));
   tp_.sum(branch, partial);
@@ -327,18 +335,13 @@ void Transformer::recompute_block(int m, int layer, const DeviceBatch& batch) {
   const std::int64_t t = batch.token_count();
   const BlockParams& w = params_.blocks[std::size_t(layer)];
   const BlockActivations a = activations(m, layer, t);
-  const View x = input(m, layer, t), branch = rows(work_.branch, tp_.own_rows(t)), partial = partial_of(branch, t);
+  const View x = input(m, layer, t);
   device_.rms_norm(a.normed, a.inv_rms, x, w.input_norm, spec_.norm_eps);
   if (limits_.recompute == Recompute::selective) {
     attend(w, a, batch);
     device_.rms_norm(a.middle_normed, a.middle_inv_rms, a.middle, w.middle_norm, spec_.norm_eps);
   } else {
-    qkv_forward(w, a, batch);
-    attend(w, a, batch);
-    device_.gemm(partial, a.attended, transposed(w.output));
-    tp_.sum(branch, partial);
-    device_.add_rms_norm(a.middle, a.middle_normed, a.middle_inv_rms, x, branch, w.middle_norm, spec_.norm_eps);
-    device_.gemm(a.gate_up, all_tokens(a.middle_normed, t), transposed(w.gate_up));
+    block_to_gate(w, a, batch, x);
   }
   device_.swiglu(a.gated, a.gate_up);
 }
@@ -369,8 +372,8 @@ void Transformer::block_backward(int m, int layer, const DeviceBatch& batch, Vie
   device_.rms_norm_backward_add(dx, dw.input_norm, dnormed, dmiddle, input(m, layer, t), w.input_norm, a.inv_rms);
 }
 
-// dhidden [C, H] → gradient of the residual stream behind the last block. The tail sees all tokens on every rank, so each
-// has the whole gradient and takes its own rows.
+// dhidden [C, H] → gradient of the residual stream behind the last block. The tail sees all tokens on every rank, so
+// each has the whole gradient and takes its own rows.
 void Transformer::tail_backward(int m, const DeviceBatch& batch, const ConstView& dhidden, View dx) {
   const std::int64_t t = batch.token_count(), c = batch.supervised_count();
   const View dlast = rows(work_.dlast, c), whole = tp_.cuts_tokens() ? rows(work_.whole, t) : dx;

@@ -1,6 +1,6 @@
 // A decoder-only transformer (Qwen2, Qwen3, Llama 3, Mistral), forward and backward by hand. Residual stream x, two
-// branches a block: attention and a gated feed-forward layer, each behind an RMS norm. Shapes: core/device.h; N, K and F
-// are those of this tensor-parallel rank, and T' are the rows of the residual stream that it holds.
+// branches a block: attention and a gated feed-forward layer, each behind an RMS norm. Shapes: core/device.h; N, K and
+// F are those of this tensor-parallel rank, and T' are the rows of the residual stream that it holds.
 #pragma once
 
 #include <functional>
@@ -94,8 +94,8 @@ class Transformer {
   // backward, or for in_flight forwards of a model that does not train.
   View forward(const DeviceBatch& batch, int m = 0);
 
-  // Where the gradient of what forward() returned belongs on a stage that is not the last, [T', H]. Two alternate: valid
-  // until the next but one backward.
+  // Where the gradient of what forward() returned belongs on a stage that is not the last, [T', H]. Two alternate:
+  // valid until the next but one backward.
   View output_gradient(std::int64_t tokens) const { return residual_gradient(tokens); }
   // dhidden [C, H]: gradient of the loss with respect to what the last stage's forward returned, summed over the
   // tensor-parallel ranks; ignored elsewhere. Adds to gradients(). Returns the gradient of the stage's input, [T', H].
@@ -155,6 +155,7 @@ class Transformer {
   void attend(const BlockParams& w, const BlockActivations& a, const DeviceBatch& batch);
   void attention_backward(const BlockParams& w, const BlockParams& dw, const BlockActivations& a,
                           const DeviceBatch& batch);
+  void block_to_gate(const BlockParams& w, const BlockActivations& a, const DeviceBatch& batch, View x);
   void block_forward(int m, int layer, const DeviceBatch& batch);
   void recompute_block(int m, int layer, const DeviceBatch& batch);
   void block_backward(int m, int layer, const DeviceBatch& batch, View dx);
@@ -165,8 +166,8 @@ class Transformer {
   ModelPart part_;
   std::unique_ptr<Communicator> alone_;  // where no group was given
   TensorParallel tp_;
-  int q_heads_, kv_heads_;      // here
-  std::int64_t feed_forward_;   // here
+  int q_heads_, kv_heads_;     // here
+  std::int64_t feed_forward_;  // here
   Limits limits_;
   ParamTable table_;
   Tensor values_, gradients_;
@@ -174,7 +175,7 @@ class Transformer {
   Tensor rope_table_;             // wide [longest, D]
   Arena arena_;
   Workspace work_;
-  int transient_of_ = -1;  // the micro-batch whose last block the transient activations are, or −1
+  int transient_of_ = -1;   // the micro-batch whose last block the transient activations are, or −1
   unsigned backwards_ = 0;  // which of the two residual gradients is next
 };
 

@@ -1,6 +1,6 @@
-// AdamW over the flat storage of a model, with f32 master copies of 16-bit parameters, and global-norm clipping. Masters
-// and moments may be kept for some ranges of the storage only (ZeRO stage 1, Rajbhandari et al. 2020): every data-parallel
-// rank updates its own.
+// AdamW over the flat storage of a model, with f32 master copies of 16-bit parameters, and global-norm clipping.
+// Masters and moments may be kept for some ranges of the storage only (ZeRO stage 1, Rajbhandari et al. 2020): every
+// data-parallel rank updates its own.
 #pragma once
 
 #include <vector>
@@ -57,7 +57,8 @@ class Optimizer {
   void set_updates(std::int64_t n) { updates_ = n; }
 
   const std::vector<Piece>& pieces() const { return pieces_; }
-  // Storages [1, n] of the owned ranges, one after the other; masters() is empty where the parameters are wide themselves.
+  // Storages [1, n] of the owned ranges, one after the other; masters() is empty where the parameters are wide
+  // themselves.
   View masters() { return masters_.view(); }
   View exp_avg() { return exp_avg_.view(); }
   View exp_avg_sq() { return exp_avg_sq_.view(); }

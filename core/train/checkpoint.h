@@ -25,8 +25,8 @@ struct CheckpointTensor {
 // save: what this rank is the one to write. load: all that it needs.
 enum class CheckpointUse { save, load };
 
-// The parameters in a flat storage, named kind/parameter. Of tensor-parallel ranks that share a part the first one writes
-// it, of pipeline stages the first; is_writer: this rank is the one of its data-parallel group.
+// The parameters in a flat storage, named kind/parameter. Of tensor-parallel ranks that share a part the first one
+// writes it, of pipeline stages the first; is_writer: this rank is the one of its data-parallel group.
 std::vector<CheckpointTensor> checkpoint_tensors(std::string_view kind, const ParamTable& table, const View& flat,
                                                  CheckpointUse use = CheckpointUse::load, int tp_rank = 0,
                                                  bool is_writer = true);

@@ -19,9 +19,9 @@ class GradientSync {
     Communicator* kv = nullptr;    // tensor-parallel ranks that share key/value heads
     Communicator* tied = nullptr;  // first and last pipeline stage where they hold the same embedding
   };
-  // Storages are flat [1, n]. shards: every data-parallel rank gets the sums of its part of each bucket (reduce-scatter)
-  // and hands out the parameters it updated; otherwise each gets all sums. overlaps: a bucket's sum runs while the
-  // backward goes on.
+  // Storages are flat [1, n]. shards: every data-parallel rank gets the sums of its part of each bucket
+  // (reduce-scatter) and hands out the parameters it updated; otherwise each gets all sums. overlaps: a bucket's sum
+  // runs while the backward goes on.
   GradientSync(const ParamTable& table, View values, View gradients, const Groups& groups, bool shards, bool overlaps);
 
   // What this rank's optimiser updates.

@@ -25,8 +25,8 @@ enum class Layout {
            // filling, and the filling is never supervised
 };
 
-// The micro-batch of these samples, in this order. Rows are filled up to a multiple of `row_multiple` (sequence parallelism
-// cuts them evenly) by a last sequence that nothing reads and nothing supervises.
+// The micro-batch of these samples, in this order. Rows are filled up to a multiple of `row_multiple` (sequence
+// parallelism cuts them evenly) by a last sequence that nothing reads and nothing supervises.
 MicroBatch assemble(const Samples& samples, std::span<const std::int32_t> indices, Layout layout, int row_multiple = 1);
 
 }  // namespace distill

@@ -14,8 +14,7 @@ Teacher::Teacher(Device& device, Transformer& model, std::int64_t real_vocabular
                  std::int64_t most_supervised)
     : device_(device),
       model_(model),
-      columns_(
-          vocabulary_part(real_vocabulary, model.spec().vocabulary, model.tp().size(), model.tp().rank()).columns),
+      columns_(vocabulary_part(real_vocabulary, model.spec().vocabulary, model.tp().size(), model.tp().rank()).columns),
       batch_(device, most_tokens, most_supervised) {}
 
 View Teacher::begin(const MicroBatch& batch, int m) {

@@ -12,8 +12,8 @@
 
 namespace distill {
 
-// A stage of the teacher, which on the last one gives the logits of a micro-batch's supervised positions, chunk by chunk in
-// the teacher's own type: the same products of the same shapes wherever the teacher runs, hence the same bits.
+// A stage of the teacher, which on the last one gives the logits of a micro-batch's supervised positions, chunk by
+// chunk in the teacher's own type: the same products of the same shapes wherever the teacher runs, hence the same bits.
 class Teacher {
  public:
   Teacher(Device& device, Transformer& model, std::int64_t real_vocabulary, std::int64_t most_tokens,
@@ -74,9 +74,9 @@ class HiddenTeacherSource : public TeacherSource {
   Tensor head_, logits_;  // [columns, H], [chunk, columns]
 };
 
-// The whole job of a teacher rank: the forward of steps [first_step, last_step), as a stage of its pipeline; the last stage
-// puts logits or hidden states into the channel. Ends early when the student closes the channel: tensor-parallel ranks agree on that
-// before every micro-batch, and a stage starts one only when the next stage has asked for it.
+// The whole job of a teacher rank: the forward of steps [first_step, last_step), as a stage of its pipeline; the last
+// stage puts logits or hidden states into the channel. Ends early when the student closes the channel: tensor-parallel
+// ranks agree on that before every micro-batch, and a stage starts one only when the next stage has asked for it.
 class TeacherLoop {
  public:
   // sink: null on all but the last stage.

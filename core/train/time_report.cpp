@@ -43,11 +43,10 @@ std::string time_report(const StepTimes& times, std::int64_t steps, const Device
                            times.total / double(steps));
   const double known = times.data + times.teacher + times.pipeline + times.forward + times.loss + times.backward +
                        times.reduce + times.optimizer;
-  const std::pair<const char*, double> phases[] = {{"data", times.data},           {"teacher wait", times.teacher},
-                                                   {"pipeline wait", times.pipeline}, {"forward", times.forward},
-                                                   {"head and loss", times.loss},  {"backward", times.backward},
-                                                   {"gradient sum", times.reduce}, {"optimizer", times.optimizer},
-                                                   {"other", times.total - known}};
+  const std::pair<const char*, double> phases[] = {
+      {"data", times.data},           {"teacher wait", times.teacher}, {"pipeline wait", times.pipeline},
+      {"forward", times.forward},     {"head and loss", times.loss},   {"backward", times.backward},
+      {"gradient sum", times.reduce}, {"optimizer", times.optimizer},  {"other", times.total - known}};
   for (const auto& [name, seconds] : phases)
     out += format("  %-18s %9.3f s  %5.1f %%\n", name, seconds, 100 * seconds / times.total);
   out += format("beside the steps: validation %.3f s, checkpoints %.3f s", times.validation, times.checkpoint);
@@ -58,7 +57,8 @@ std::string time_report(const StepTimes& times, std::int64_t steps, const Device
   std::sort(ops.begin(), ops.end(), [](const auto& a, const auto& b) { return a.second.seconds > b.second.seconds; });
   double sum = 0;
   for (const auto& [name, op] : ops) sum += op.seconds;
-  out += format("by operation on %s (%d threads), validation included: %.3f s\n", device.name().c_str(), device.threads(), sum);
+  out += format("by operation on %s (%d threads), validation included: %.3f s\n", device.name().c_str(),
+                device.threads(), sum);
   for (const auto& [name, op] : ops) {
     if (op.seconds < 0.002 * sum) continue;
     out += format("  %-18s %9.3f s  %5.1f %%  %9lld calls", name.c_str(), op.seconds, 100 * op.seconds / sum,

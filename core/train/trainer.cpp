@@ -149,9 +149,9 @@ Trainer::End Trainer::run(TrainState& state) {
     if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
     if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps)
       throw CommonError(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
-                                             " steps in a row, the last of them step ", state.step,
-                                             " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
-                                             "); the weights are those before the first of them"));
+                                                   " steps in a row, the last of them step ", state.step,
+                                                   " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
+                                                   "); the weights are those before the first of them"));
     if (due(options_.save_steps)) save();
     if (!last && hooks_.stop_requested && hooks_.stop_requested()) {
       save();
@@ -239,8 +239,7 @@ void Trainer::backward(int m, StepResult& result) {
                                is_last ? Transformer::BucketReady(ready) : nullptr);
   }
   links_.send_gradient(dinput, 1);
-  if (!is_last)
-    links_.expect_gradient(student_.output_gradient(std::int64_t(all[std::size_t(m) + 1].tokens.size())));
+  if (!is_last) links_.expect_gradient(student_.output_gradient(std::int64_t(all[std::size_t(m) + 1].tokens.size())));
 }
 
 void Trainer::sum_over_last_stages(std::span<double> values) {
@@ -274,8 +273,7 @@ double Trainer::validation_loss() {
   // A rank may have no part in the last batch. What comes next is known early, so that it can be received meanwhile.
   std::vector<MicroBatch> micro = validation_->step(0).micro, next;
   const auto expect = [&](const std::vector<MicroBatch>& batch, int number) {
-    if (!batch.empty())
-      links_.expect_input(student_.stage_input(std::int64_t(batch.front().tokens.size()), number));
+    if (!batch.empty()) links_.expect_input(student_.stage_input(std::int64_t(batch.front().tokens.size()), number));
   };
   expect(micro, m);
   for (std::int64_t step = 0; step < steps && !micro.empty(); ++step, ++m, micro = std::move(next)) {
@@ -302,8 +300,8 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
   const double w = options_.loss.distill_weight, ce = r.sums[LossTerms::cross_entropy],
                kd = r.sums[LossTerms::divergence];
   const double tps = double(r.batch.global_tokens) / r.times.total;
-  const double flops = options_.flops_per_token * double(r.batch.global_tokens) +
-                       options_.flops_per_pair * r.pairs * groups_.dp.size();
+  const double flops =
+      options_.flops_per_token * double(r.batch.global_tokens) + options_.flops_per_pair * r.pairs * groups_.dp.size();
   MetricRecord m{.step = state.step, .wall_time = now(), .values = {}};
   const auto add = [&](const char* name, double value) { m.values.emplace_back(name, value); };
   add("train/loss", w == 0 ? ce : (1 - w) * ce + w * kd);

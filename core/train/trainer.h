@@ -52,8 +52,8 @@ struct StepTimes {
   double student_wait = 0;                // of the teacher, meanwhile
   double validation = 0, checkpoint = 0;  // between steps
   std::array<double*, 12> all() {
-    return {&data, &teacher, &pipeline, &forward, &loss, &backward, &reduce, &optimizer, &total, &student_wait,
-            &validation, &checkpoint};
+    return {&data,   &teacher,   &pipeline, &forward,      &loss,       &backward,
+            &reduce, &optimizer, &total,    &student_wait, &validation, &checkpoint};
   }
   StepTimes& operator+=(StepTimes other);
 };
@@ -91,8 +91,8 @@ class Trainer {
     double gradient_norm = 0, lr = 0;
     bool applied = false;
     StepBatch batch;
-    double pairs = 0;  // (query, key) pairs of this rank's micro-batches
-    StepTimes times;   // of this rank, then means over all
+    double pairs = 0;                // (query, key) pairs of this rank's micro-batches
+    StepTimes times;                 // of this rank, then means over all
     std::int64_t channel_bytes = 0;  // that all ranks got from their teachers
   };
 
@@ -117,7 +117,7 @@ class Trainer {
   TrainerOptions options_;
   TrainerHooks hooks_;
   LossScale loss_scale_;
-  std::vector<BatchOnDevice> batches_;  // one a micro-batch in flight
+  std::vector<BatchOnDevice> batches_;                   // one a micro-batch in flight
   std::optional<HeadLoss> head_loss_, validation_head_;  // last stage
   ConstView dhidden_;
   int nonfinite_in_a_row_ = 0;

@@ -1,5 +1,5 @@
-// The program on grids under mpirun: the same run as on one rank, whatever travels between teacher and student, resumed on
-// the same and on another grid, and stopped by a signal to any of its ranks.
+// The program on grids under mpirun: the same run as on one rank, whatever travels between teacher and student, resumed
+// on the same and on another grid, and stopped by a signal to any of its ranks.
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <cmath>
@@ -32,8 +32,12 @@ Words accumulation(int n) { return {"student.training_args.gradient_accumulation
 Words strategy(const std::string& setting) { return {"student.strategy_args.strategy_config." + setting}; }
 
 // A global batch of 8 as four micro-batches of two on one rank.
-const Words base = {"max_steps=10", "save_steps=0", "eval_steps=5", "student.training_args.per_device_train_batch_size=2",
-                    "student.training_args.gradient_accumulation_steps=4", "student.infer_batch_size=3"};
+const Words base = {"max_steps=10",
+                    "save_steps=0",
+                    "eval_steps=5",
+                    "student.training_args.per_device_train_batch_size=2",
+                    "student.training_args.gradient_accumulation_steps=4",
+                    "student.infer_batch_size=3"};
 
 std::vector<float> weights(const Workshop& shop, const std::string& name) {
   const distill::SafetensorsFile file(shop.path(name + "/export/model.safetensors"));
@@ -131,8 +135,8 @@ TEST_CASE("logits and hidden states, by memory and by messages, give the same bi
     }
 }
 
-// Bytes per supervised position: columns of the shard, or hidden size, times two in bf16. The real vocabulary of 4080 ids
-// is 4096 columns, on two ranks 2048 each.
+// Bytes per supervised position: columns of the shard, or hidden size, times two in bf16. The real vocabulary of 4080
+// ids is 4096 columns, on two ranks 2048 each.
 TEST_CASE("no byte travels that need not", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();
@@ -206,8 +210,9 @@ TEST_CASE("a run that is never finite ends with 4 and keeps its last good checkp
   const int ranks = GENERATE(0, 2, 4);
   const Workshop shop;
   shop.make_teacher();
-  const auto result = shop.train("wild", {"student.training_args.learning_rate=1e30", "max_steps=60", "save_steps=1",
-                                          "student.training_args.warmup_steps=0"},
+  const auto result = shop.train("wild",
+                                 {"student.training_args.learning_rate=1e30", "max_steps=60", "save_steps=1",
+                                  "student.training_args.warmup_steps=0"},
                                  ranks);
   INFO(result.output);
   CHECK(result.code == 4);
@@ -228,7 +233,8 @@ TEST_CASE("grids that do not fit the models are refused with those that do", "[e
   refused(tp(3), "6",
           "tensor_model_parallel_size: the student's 4 attention heads are no multiple of tp_size 3; grids that fit 3 "
           "ranks a role: tp 1, pp 1, dp 3");
-  refused(pp(4), "8",
-          "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids that fit 4 ranks a role: "
-          "tp 1, pp 1, dp 4; tp 1, pp 2, dp 2; tp 2, pp 1, dp 2; tp 2, pp 2, dp 1; tp 4, pp 1, dp 1");
+  refused(
+      pp(4), "8",
+      "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids that fit 4 ranks a role: "
+      "tp 1, pp 1, dp 4; tp 1, pp 2, dp 2; tp 2, pp 1, dp 2; tp 2, pp 2, dp 1; tp 4, pp 1, dp 1");
 }

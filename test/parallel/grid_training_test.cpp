@@ -1,5 +1,5 @@
-// The specification of parallelism: training on any grid is training on one rank. Ranks are threads; every last stage has a
-// teacher of its own, cut over the same tensor-parallel group. Tag [full] is every combination, run by hand.
+// The specification of parallelism: training on any grid is training on one rank. Ranks are threads; every last stage
+// has a teacher of its own, cut over the same tensor-parallel group. Tag [full] is every combination, run by hand.
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <map>
@@ -44,7 +44,8 @@ struct Setup {
   int micro_batches() const { return accumulation > 0 ? accumulation : global_batch / dp / 2; }
   std::string what() const {
     return text(family, tied ? " tied " : " untied ", objective_names[std::size_t(objective)], " top-", topk, ' ',
-                name_of(dtype), " heads ", q_heads, '/', kv_heads, " layers ", layers, " hidden ", hidden, '/', feed_forward, " epsilon ", epsilon);
+                name_of(dtype), " heads ", q_heads, '/', kv_heads, " layers ", layers, " hidden ", hidden, '/',
+                feed_forward, " epsilon ", epsilon);
   }
   ModelSpec student() const {
     ModelSpec s = wide_spec(family, tied);
@@ -58,10 +59,10 @@ struct Setup {
 };
 
 std::ostream& operator<<(std::ostream& out, const Setup& s) {
-  return out << s.what() << ", tp " << s.tp << (s.cuts_tokens ? " with sequence parallel" : "") << " pp " << s.pp << " dp "
-             << s.dp << (s.layout == Layout::padded ? ", padded" : "") << ", recompute " << int(s.recompute)
-             << (s.balances ? ", balanced" : "") << (s.shards ? "" : ", whole optimiser") << (s.overlaps ? "" : ", no overlap") << ", " << s.micro_batches()
-             << " micro-batches";
+  return out << s.what() << ", tp " << s.tp << (s.cuts_tokens ? " with sequence parallel" : "") << " pp " << s.pp
+             << " dp " << s.dp << (s.layout == Layout::padded ? ", padded" : "") << ", recompute " << int(s.recompute)
+             << (s.balances ? ", balanced" : "") << (s.shards ? "" : ", whole optimiser")
+             << (s.overlaps ? "" : ", no overlap") << ", " << s.micro_batches() << " micro-batches";
 }
 
 // Whole parameters by name, put together from the parts of all ranks.
@@ -131,7 +132,8 @@ class Rank {
     GradientSync sync(student.table(), student.values(), student.gradients(),
                       {*groups_.dp, *groups_.tp, groups_.kv.get(), s_.tied ? groups_.tied.get() : nullptr}, s_.shards,
                       s_.overlaps);
-    Optimizer optimizer(*device_, student.table(), student.values(), {.epsilon = s_.epsilon, .weight_decay = 0.1, .max_grad_norm = 1},
+    Optimizer optimizer(*device_, student.table(), student.values(),
+                        {.epsilon = s_.epsilon, .weight_decay = 0.1, .max_grad_norm = 1},
                         {sync.owned(), s_.shards || me_.dp_rank == 0, me_.tp_rank});
 
     std::optional<Transformer> teacher_model;
@@ -146,9 +148,10 @@ class Rank {
       teacher.emplace(*device_, *teacher_model, real_vocabulary, limits.tokens, limits.supervised);
       source.emplace(*device_, *teacher, s_.dtype, 5);
     }
-    Trainer trainer(*device_, student, optimizer, sync, source ? &*source : nullptr, data, &validation,
-                    {*groups_.role, *groups_.dp, *groups_.pp_forward, *groups_.pp_backward}, options(),
-                    {.report = [&](const MetricRecord& r) { take(r, student, optimizer); }, .save = {}, .stop_requested = {}});
+    Trainer trainer(
+        *device_, student, optimizer, sync, source ? &*source : nullptr, data, &validation,
+        {*groups_.role, *groups_.dp, *groups_.pp_forward, *groups_.pp_backward}, options(),
+        {.report = [&](const MetricRecord& r) { take(r, student, optimizer); }, .save = {}, .stop_requested = {}});
     TrainState state;
     trainer.run(state);
     const std::lock_guard lock(mutex_);
@@ -248,7 +251,7 @@ void check_equal(const Setup& setup) {
   double squares = 0, off = 0, largest = 0;
   for (const auto& [name, expected] : one.weights) {
     CAPTURE(name);
-    const std::vector<float> &found = grid.weights.at(name), &gradient = one.gradients.at(name);
+    const std::vector<float>&found = grid.weights.at(name), &gradient = one.gradients.at(name);
     std::vector<float> difference = grid.gradients.at(name);
     for (std::size_t i = 0; i < difference.size(); ++i) difference[i] -= gradient[i];
     CHECK(norm(difference) <= 1e-5 * norm(gradient));
@@ -280,8 +283,8 @@ Setup random_setup(std::mt19937& random, int most_ranks) {
   s.layers = one_of(5, 6, 7);
   s.hidden = one_of(12, 20, 28);
   s.feed_forward = 4 * one_of(3, 7, 10);
-  // Where a gradient is nearly 0, AdamW makes its rounding a step of the whole rate; in some of these shapes that is more
-  // than 1e-5 of the loss after ten steps, on one rank with another cut of the batch as well.
+  // Where a gradient is nearly 0, AdamW makes its rounding a step of the whole rate; in some of these shapes that is
+  // more than 1e-5 of the loss after ten steps, on one rank with another cut of the batch as well.
   s.epsilon = 1e-4;
   s.tied = one_of(true, false);
   s.objective = Objective(random() % objective_names.size());
@@ -303,23 +306,24 @@ TEST_CASE("ten steps on a grid are ten steps on one rank", "[grid]") {
   constexpr auto none = Recompute::none, full = Recompute::full, selective = Recompute::selective;
   constexpr auto packed = Layout::packed, padded = Layout::padded;
   constexpr auto fkl = Objective::forward_kl, rkl = Objective::reverse_kl, adaptive = Objective::adaptive_kl,
-                 js = Objective::js_divergence, sfkl = Objective::skewed_forward_kl, srkl = Objective::skewed_reverse_kl;
+                 js = Objective::js_divergence, sfkl = Objective::skewed_forward_kl,
+                 srkl = Objective::skewed_reverse_kl;
   constexpr auto f32 = DType::f32;
-  const Setup setup = GENERATE(
-      Setup{"qwen2", true, fkl, 0, f32, 2, 1, 1, false, packed, none, true, true, 0},
-      Setup{"qwen3", false, rkl, 0, f32, 2, 1, 2, true, packed, full, true, true, 0},
-      Setup{"qwen2", true, adaptive, 0, f32, 4, 1, 1, true, padded, selective, false, false, 2},
-      Setup{"llama", false, js, 0, f32, 4, 1, 2, false, packed, none, true, false, 1},
-      Setup{"qwen2", true, sfkl, 0, f32, 1, 2, 1, false, packed, full, true, true, 0},
-      Setup{"mistral", false, srkl, 0, f32, 1, 4, 1, false, padded, selective, false, true, 0},
-      Setup{"qwen2", true, fkl, 0, f32, 1, 1, 2, false, packed, selective, true, true, 0},
-      Setup{"qwen3", true, adaptive, 6, f32, 2, 2, 1, true, packed, full, false, true, 0},
-      Setup{"qwen2", false, fkl, 6, f32, 2, 2, 2, true, padded, none, true, true, 0},
-      Setup{"qwen2", true, fkl, 0, f32, 2, 2, 2, false, packed, selective, true, false, 1},
-      Setup{"qwen3", false, rkl, 0, f32, 4, 2, 2, true, packed, full, true, true, 0},
-      Setup{"qwen2", true, adaptive, 0, f32, 4, 4, 1, false, packed, none, true, true, 0},
-      Setup{"llama", false, js, 0, f32, 1, 4, 2, false, packed, full, false, false, 1},
-      Setup{"qwen2", true, sfkl, 0, f32, 2, 4, 2, true, padded, selective, true, true, 0});
+  const Setup setup =
+      GENERATE(Setup{"qwen2", true, fkl, 0, f32, 2, 1, 1, false, packed, none, true, true, 0},
+               Setup{"qwen3", false, rkl, 0, f32, 2, 1, 2, true, packed, full, true, true, 0},
+               Setup{"qwen2", true, adaptive, 0, f32, 4, 1, 1, true, padded, selective, false, false, 2},
+               Setup{"llama", false, js, 0, f32, 4, 1, 2, false, packed, none, true, false, 1},
+               Setup{"qwen2", true, sfkl, 0, f32, 1, 2, 1, false, packed, full, true, true, 0},
+               Setup{"mistral", false, srkl, 0, f32, 1, 4, 1, false, padded, selective, false, true, 0},
+               Setup{"qwen2", true, fkl, 0, f32, 1, 1, 2, false, packed, selective, true, true, 0},
+               Setup{"qwen3", true, adaptive, 6, f32, 2, 2, 1, true, packed, full, false, true, 0},
+               Setup{"qwen2", false, fkl, 6, f32, 2, 2, 2, true, padded, none, true, true, 0},
+               Setup{"qwen2", true, fkl, 0, f32, 2, 2, 2, false, packed, selective, true, false, 1},
+               Setup{"qwen3", false, rkl, 0, f32, 4, 2, 2, true, packed, full, true, true, 0},
+               Setup{"qwen2", true, adaptive, 0, f32, 4, 4, 1, false, packed, none, true, true, 0},
+               Setup{"llama", false, js, 0, f32, 1, 4, 2, false, packed, full, false, false, 1},
+               Setup{"qwen2", true, sfkl, 0, f32, 2, 4, 2, true, padded, selective, true, true, 0});
   check_equal(setup);
 }
 

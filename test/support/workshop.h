@@ -1,4 +1,5 @@
-// What end-to-end tests work with: a folder with models, records and a configuration, and the program (DISTILL_PROGRAM).
+// What end-to-end tests work with: a folder with models, records and a configuration, and the program
+// (DISTILL_PROGRAM).
 #pragma once
 
 #include <algorithm>
@@ -122,13 +123,13 @@ validation:
   void model(const std::string& name, int hidden, int layers, int vocabulary) {
     std::filesystem::create_directories(path(name));
     for (const char* file : {"tokenizer.json", "tokenizer_config.json"})
-      std::filesystem::copy(std::filesystem::path(DISTILL_SOURCE_DIR) / "configs/wordnet/student" / file, path(name + "/" + file));
+      std::filesystem::copy(std::filesystem::path(DISTILL_SOURCE_DIR) / "configs/wordnet/student" / file,
+                            path(name + "/" + file));
     std::ostringstream config;
     config
         << R"({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": )"
-        << hidden
-        << R"(, "intermediate_size": )" << models_.feed_forward << R"(, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": )"
-        << layers
+        << hidden << R"(, "intermediate_size": )" << models_.feed_forward
+        << R"(, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": )" << layers
         << R"(, "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": )"
         << (models_.tied ? "true" : "false") << R"(, "vocab_size": )" << vocabulary << R"(, "torch_dtype": "float32"})";
     folder_.write(name + "/config.json", config.str());

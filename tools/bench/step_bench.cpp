@@ -117,7 +117,8 @@ int main(int argc, char** argv) {
   GradientSync sync(student.table(), student.values(), student.gradients(), {alone, alone}, true, true);
   const auto run = [&](std::int64_t from, std::int64_t to) {
     options.total_steps = to;
-    Trainer trainer(*device, student, optimizer, sync, &source, data, nullptr, {alone, alone, alone, alone}, options, {});
+    Trainer trainer(*device, student, optimizer, sync, &source, data, nullptr, {alone, alone, alone, alone}, options,
+                    {});
     TrainState state;
     state.step = from;
     state.optimizer_updates = from;
