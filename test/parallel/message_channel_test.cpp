@@ -40,7 +40,7 @@ template <class Open>
 auto impatient(Communicator& pair, const Open& open) {
   const Patience before = pair.patience();
   Patience short_of_it = before;
-  short_of_it.peer_timeout = std::chrono::milliseconds(100);
+  short_of_it.peer_timeout = std::chrono::seconds(1);
   pair.set_patience(short_of_it);
   auto end = open();
   pair.set_patience(before);
@@ -249,5 +249,5 @@ TEST_CASE("a partner that fails ends the wait of the other") {
   }
   CHECK(message.find(culprit == 0 ? "bad data" : "") != std::string::npos);
   CHECK(ended == 2);
-  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(5));
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(20));
 }

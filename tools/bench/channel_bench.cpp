@@ -1,11 +1,12 @@
 // What communication costs on one node: mpirun -np 2 --bind-to none channel_bench
-// The logits channel against a plain copy, its hand-over of a slot, and an all-reduce through shared memory and
-// messages.
+// The logits channel against a plain copy, through shared memory and by messages, its hand-over of a slot, an
+// all-reduce through both, and what starting an operation costs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "core/train/micro_batch.h"
@@ -35,8 +36,16 @@ std::uint64_t sum_of(const ConstView& x) {
   return sum;
 }
 
+// How the two ends of a channel are opened.
+struct Way {
+  Communicator& pair;
+  std::unique_ptr<TeacherSource> (*source)(Communicator&, int, const ChannelShape&);
+  std::unique_ptr<LogitsSink> (*sink)(Communicator&, int, const ChannelShape&);
+};
+
 // Seconds of a teacher that copies logits into every slot and a student that reads them in place.
-double channel_seconds(Communicator& world, const ChannelShape& shape, int chunks, bool touches) {
+double channel_seconds(const Way& way, const ChannelShape& shape, int chunks, bool touches) {
+  Communicator& world = way.pair;
   const std::vector<std::uint16_t> logits(std::size_t(shape.positions * shape.columns), 1);
   MicroBatch batch;
   std::uint64_t sum = 0;
@@ -50,7 +59,7 @@ double channel_seconds(Communicator& world, const ChannelShape& shape, int chunk
     world.barrier();
   };
   if (world.rank() == 0) {
-    const auto source = open_shared_source(world, 1, shape);
+    const auto source = way.source(world, 1, shape);
     source->begin(batch);
     run([&] {
       const ConstView got = source->acquire(shape.positions);
@@ -59,7 +68,7 @@ double channel_seconds(Communicator& world, const ChannelShape& shape, int chunk
     });
     if (touches && sum == 0) fail("nothing was read");
   } else {
-    const auto sink = open_shared_sink(world, 0, shape);
+    const auto sink = way.sink(world, 0, shape);
     sink->begin(batch);
     run([&] {
       const View slot = sink->acquire(shape.positions);
@@ -82,19 +91,24 @@ void run(MpiSession& session) {
   std::vector<char> to = from;
   const double copy =
       world.all_reduce(best_seconds(5, [&] { std::memcpy(to.data(), from.data(), to.size()); }), Reduce::max);
-  const int chunks = 40;
-  const double channel = channel_seconds(world, shape, chunks, true) / chunks;
-  if (prints)
-    std::printf("slot of %.0f MB: copy %.2f GB/s, channel (copied in, read in place) %.2f GB/s\n", bytes / 1e6,
-                bytes / copy / 1e9, bytes / channel / 1e9);
-
-  for (const int slots : {1, 4}) {
-    const int small_chunks = 20'000;
-    const double hand_over = channel_seconds(world, {1, 32, DType::bf16, slots}, small_chunks, false) / small_chunks;
-    if (prints) std::printf("hand-over of a slot, %d in the ring: %.2f us\n", slots, 1e6 * hand_over);
+  const auto messages = session.messages("messages");
+  const std::pair<const char*, Way> ways[] = {
+      {"shared memory", {world, open_shared_source, open_shared_sink}},
+      {"messages", {*messages, open_message_source, open_message_sink}},
+      {"mailboxes", {world, open_message_source, open_message_sink}},
+  };
+  if (prints) std::printf("copy of a slot of %.0f MB %.2f GB/s\n", bytes / 1e6, bytes / copy / 1e9);
+  for (const auto& [name, way] : ways) {
+    const int chunks = 40;
+    const double channel = channel_seconds(way, shape, chunks, true) / chunks;
+    if (prints) std::printf("channel by %-13s (copied in, read in place) %.2f GB/s\n", name, bytes / channel / 1e9);
+    for (const int slots : {1, 4}) {
+      const int small_chunks = 5'000;
+      const double hand_over = channel_seconds(way, {1, 32, DType::bf16, slots}, small_chunks, false) / small_chunks;
+      if (prints) std::printf("  hand-over of a slot, %d in the ring: %.2f us\n", slots, 1e6 * hand_over);
+    }
   }
 
-  const auto messages = session.messages("messages");
   for (const std::int64_t n : {1 << 10, 1 << 20, 1 << 24}) {
     std::vector<float> x(std::size_t(n), 1e-6f);
     for (Communicator* group : {&world, messages.get()}) {
@@ -103,6 +117,27 @@ void run(MpiSession& session) {
         std::printf("all_reduce of %8.3f MB by %-13s %9.1f us, %.2f GB/s\n", double(n) * 4e-6,
                     group == &world ? "shared memory" : "messages", 1e6 * seconds, double(n) * 4 / seconds / 1e9);
     }
+  }
+  for (Communicator* group : {&world, messages.get()}) {
+    float x = 1;
+    const View one(&x, 1, 1, DType::f32);
+    const int calls = 1000;
+    const double blocking = best_seconds(5, [&] {
+      for (int i = 0; i < calls; ++i) group->all_reduce(one);
+    });
+    const double started = best_seconds(5, [&] {
+      for (int i = 0; i < calls; ++i) group->start_all_reduce(one)->wait();
+    });
+    const double in_a_row = best_seconds(5, [&] {
+      std::vector<std::unique_ptr<Pending>> pending;
+      for (int i = 0; i < calls; ++i) pending.push_back(group->start_all_reduce(one));
+      for (const auto& p : pending) p->wait();
+    });
+    if (prints)
+      std::printf(
+          "all_reduce of one value by %-13s %.1f us; started and waited for %.1f us; %d started at once %.1f us\n",
+          group == &world ? "shared memory" : "messages", 1e6 * blocking / calls, 1e6 * started / calls, calls,
+          1e6 * in_a_row / calls);
   }
   const double barrier = best_seconds(20, [&] {
     for (int i = 0; i < 100; ++i) world.barrier();
