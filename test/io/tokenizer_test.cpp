@@ -220,7 +220,7 @@ TEST_CASE("every kind of step, behaviour and field that is supported", "[tokeniz
   }
 }
 
-TEST_CASE("many threads share a tokenizer", "[tokenizer]") {
+TEST_CASE("many threads share a tokenizer", "[tokenizer][threads]") {
   const Tokenizer tokenizer = Tokenizer::load(golden_folder + "llama3_style.json");
   const auto encode_some = [&](std::size_t first) {
     std::uint32_t sum = 0;
