@@ -50,12 +50,6 @@ void Device::add_bias(View x, const ConstView& bias) {
   do_add_bias(x, bias);
 }
 
-void Device::scale(View x, float factor) {
-  check(x.dtype == wide_type(x.dtype), "scale: ", x);
-  const Zone zone(*this, "scale");
-  do_scale(x, factor);
-}
-
 void Device::gather_rows(View out, const ConstView& x, const ConstView& rows) {
   check(is_vector(rows, out.rows, DType::i32) && out.cols == x.cols && out.dtype == x.dtype, "gather_rows: ", out,
         " from ", x, " at ", rows);
@@ -160,10 +154,16 @@ void Device::rms_norm_backward_add(View dx, View dw, const ConstView& dy, const 
   do_rms_norm_backward_add(dx, dw, dy, dskip, x, w, inv_rms);
 }
 
-void Device::do_add_rms_norm(View sum, View y, View inv_rms, const ConstView& x, const ConstView& delta,
-                             const ConstView& w, float eps) {
+void Device::plain_add_rms_norm(View sum, View y, View inv_rms, const ConstView& x, const ConstView& delta,
+                                const ConstView& w, float eps) {
   do_add(sum, x, delta);
   do_rms_norm(y, inv_rms, sum, w, eps);
+}
+
+void Device::plain_rms_norm_backward_add(View dx, View dw, const ConstView& dy, const ConstView& dskip,
+                                         const ConstView& x, const ConstView& w, const ConstView& inv_rms) {
+  do_rms_norm_backward(dx, dw, dy, x, w, inv_rms);
+  do_add(dx, dx, dskip);
 }
 
 void Device::rope(View x, const ConstView& positions, const ConstView& table, int head_dim, bool inverse) {

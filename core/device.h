@@ -88,7 +88,6 @@ class Device {
   void cast(View to, const ConstView& from);  // any to any floating type, same shape (a copy when equal)
   void add(View sum, const ConstView& a, const ConstView& b);             // any [T, H]; may be in place
   void add_bias(View x, const ConstView& bias);                           // any x [T, n] += bias [1, n]
-  void scale(View x, float factor);                                       // wide [T, n] *= factor
   void gather_rows(View out, const ConstView& x, const ConstView& rows);  // out[i] = x[rows[i]], rows i32 [1, n]
   void scatter_rows(View out, const ConstView& x,
                     const ConstView& rows);  // out[rows[i]] = x[i], rows distinct, others kept
@@ -114,12 +113,19 @@ class Device {
   // dx overwritten (may be dy's memory), dw wide [1, n] accumulated.
   void rms_norm_backward(View dx, View dw, const ConstView& dy, const ConstView& x, const ConstView& w,
                          const ConstView& inv_rms);
-  // sum = x + delta, y = rms_norm(sum). Fused: read x and delta once.
+  // sum = x + delta, y = rms_norm(sum). Backends may fuse them: x and delta are read once.
   void add_rms_norm(View sum, View y, View inv_rms, const ConstView& x, const ConstView& delta, const ConstView& w,
                     float eps);
-  // dx = rms_norm_backward(dy) + dskip: the gradient that reaches the residual stream from both branches.
+  // dx = rms_norm_backward(dy) + dskip: the gradient that reaches the residual stream from both branches. dx may be
+  // dy's memory.
   void rms_norm_backward_add(View dx, View dw, const ConstView& dy, const ConstView& dskip, const ConstView& x,
                              const ConstView& w, const ConstView& inv_rms);
+  // What the two mean, by the separate operations: what a backend runs that does not fuse them, and what tests compare
+  // one that does with.
+  void plain_add_rms_norm(View sum, View y, View inv_rms, const ConstView& x, const ConstView& delta,
+                          const ConstView& w, float eps);
+  void plain_rms_norm_backward_add(View dx, View dw, const ConstView& dy, const ConstView& dskip, const ConstView& x,
+                                   const ConstView& w, const ConstView& inv_rms);
   // Rotary embedding (Su et al. 2021) in place, halves convention of transformers: pair i is (i, i + D/2).
   // x any [T, heads·D]; positions i32 [1, T]; table wide [P, D] = cos (D/2 columns) then sin (D/2 columns).
   // inverse rotates back, which is also the backward.
@@ -172,7 +178,6 @@ class Device {
   virtual void do_cast(View to, const ConstView& from) = 0;
   virtual void do_add(View sum, const ConstView& a, const ConstView& b) = 0;
   virtual void do_add_bias(View x, const ConstView& bias) = 0;
-  virtual void do_scale(View x, float factor) = 0;
   virtual void do_gather_rows(View out, const ConstView& x, const ConstView& rows) = 0;
   virtual void do_scatter_rows(View out, const ConstView& x, const ConstView& rows) = 0;
   virtual void do_fill_normal(View x, std::uint64_t seed, std::uint64_t tensor, std::int64_t first, float std) = 0;
@@ -185,11 +190,15 @@ class Device {
   virtual void do_rms_norm(View y, View inv_rms, const ConstView& x, const ConstView& w, float eps) = 0;
   virtual void do_rms_norm_backward(View dx, View dw, const ConstView& dy, const ConstView& x, const ConstView& w,
                                     const ConstView& inv_rms) = 0;
-  // The two fused operations have their plain definition here; a backend may override them.
+  // The two that a backend may fuse.
   virtual void do_add_rms_norm(View sum, View y, View inv_rms, const ConstView& x, const ConstView& delta,
-                               const ConstView& w, float eps);
+                               const ConstView& w, float eps) {
+    plain_add_rms_norm(sum, y, inv_rms, x, delta, w, eps);
+  }
   virtual void do_rms_norm_backward_add(View dx, View dw, const ConstView& dy, const ConstView& dskip,
-                                        const ConstView& x, const ConstView& w, const ConstView& inv_rms) = 0;
+                                        const ConstView& x, const ConstView& w, const ConstView& inv_rms) {
+    plain_rms_norm_backward_add(dx, dw, dy, dskip, x, w, inv_rms);
+  }
   virtual void do_rope(View x, const ConstView& positions, const ConstView& table, int head_dim, bool inverse) = 0;
   virtual void do_attention(View out, View log_sum, const ConstView& q, const ConstView& k, const ConstView& v,
                             const Segments& segments, const AttentionShape& shape) = 0;

@@ -28,7 +28,6 @@ class CpuDevice final : public Device {
   void do_cast(View to, const ConstView& from) override;
   void do_add(View sum, const ConstView& a, const ConstView& b) override;
   void do_add_bias(View x, const ConstView& bias) override;
-  void do_scale(View x, float factor) override;
   void do_gather_rows(View out, const ConstView& x, const ConstView& rows) override;
   void do_scatter_rows(View out, const ConstView& x, const ConstView& rows) override;
   void do_fill_normal(View x, std::uint64_t seed, std::uint64_t tensor, std::int64_t first, float std) override;

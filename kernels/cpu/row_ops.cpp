@@ -116,19 +116,6 @@ void CpuDevice::do_add_bias(View x, const ConstView& bias) {
   });
 }
 
-void CpuDevice::do_scale(View x, float factor) {
-  with_float_type(x.dtype, [&](auto t) {
-    using T = decltype(t);
-    for_spans(
-        threads_,
-        [=](std::int64_t r, std::int64_t first, std::int64_t n) {
-          T* p = row_of<T>(x, r) + first;
-          for (std::int64_t i = 0; i < n; ++i) p[i] = T(Compute<T>(p[i]) * Compute<T>(factor));
-        },
-        x);
-  });
-}
-
 void CpuDevice::do_gather_rows(View out, const ConstView& x, const ConstView& rows) {
   const std::size_t width = std::size_t(out.cols) * size_of(out.dtype);
   const std::int32_t* from = rows.as<std::int32_t>();
