@@ -146,7 +146,9 @@ std::string NodeLives::far_trouble(Far& far, std::chrono::milliseconds dead_afte
     is_heard = is_heard && listener->second.silent() < 500ms;
   }
   const Silence::Duration silent = far.silence.look(at(far.index), is_heard);
-  return silent < dead_after ? std::string() : no_sign_for(silent, "stopped, or its node is lost or out of reach");
+  if (silent < dead_after) return {};
+  has_lost_far_ = true;
+  return no_sign_for(silent, "stopped, or its node is lost or out of reach");
 }
 
 }  // namespace distill

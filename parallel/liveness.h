@@ -114,6 +114,8 @@ class NodeLives final : public Lives {
   // A rank of another node, whose sign `listener`, a rank of this node, moves. Nothing is known before it is heard.
   void watch_far(int world_rank, std::size_t index, int listener);
   std::string trouble(int world_rank, std::chrono::milliseconds dead_after) override;
+  // Whether trouble was a rank of another node. Any thread.
+  bool has_lost_far() const { return has_lost_far_; }
   void ask_to_stop() { at(mine_).wants_stop.store(1, std::memory_order_relaxed); }  // any thread
   // Of any rank of this node.
   bool stop_asked() const;
@@ -134,6 +136,7 @@ class NodeLives final : public Lives {
   std::mutex mutex_;
   std::map<int, PeerWatch> watches_;
   std::map<int, Far> far_;
+  std::atomic<bool> has_lost_far_ = false;
 };
 
 }  // namespace distill

@@ -307,8 +307,9 @@ std::string host_name() {
   return gethostname(name, sizeof name - 1) == 0 ? name : "unknown host";
 }
 
-// How long MPI_Abort may take to end this process; after that it ends itself.
-constexpr std::chrono::seconds abort_grace(5);
+// After the loss of a node: time for mpirun to end the run by itself. Then how long MPI_Abort may take to end this
+// process, which after that ends itself. With peer_dead_after all of it is less than half a minute.
+constexpr std::chrono::seconds launcher_grace(6), abort_grace(2);
 
 // Number of this rank's node: nodes are counted in the order of their lowest ranks.
 int node_number(int rank, int ranks) {
@@ -468,6 +469,9 @@ std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t
 void MpiSession::abort_all(int code) {
   std::cout << std::flush;
   std::cerr << std::flush;
+  // mpirun may be about to notice the loss of a node, and then ends the run in order. What an abort would have it send
+  // there is never answered, and keeps it from noticing until TCP gives up, a quarter of an hour later.
+  if (state_->node->lives && state_->node->lives->has_lost_far()) std::this_thread::sleep_for(launcher_grace);
   // Another thread may hold the turn for good, and MPI_Abort may wait for a node that is gone.
   std::thread([code] {
     std::this_thread::sleep_for(abort_grace);

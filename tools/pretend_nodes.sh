@@ -162,10 +162,12 @@ run() {
   mkdir -p "$dir/session"
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
   # Ranks share the cores (mpi_yield_when_idle, bind-to). Process ids repeat between clusters: the session is their own.
+  # mpirun ends 4 to 6 s after the loss of a node: later than ranks whose peer_dead_after is 3 s say so, and before they
+  # abort, which would make it wait for the lost node.
   exec mpirun -np "$total" --hostfile "$dir/mpi_hosts" --bind-to none --mca mpi_yield_when_idle 1 \
     --mca plm rsh --mca plm_rsh_agent "$self _rsh" --mca plm_rsh_no_tree_spawn 1 --mca orte_tmpdir_base "$dir/session" \
     --mca btl self,vader,tcp --mca btl_tcp_if_include $net.0/24 --mca oob_tcp_if_include $net.0/24 \
-    --mca oob_tcp_keepalive_time 5 --mca oob_tcp_keepalive_intvl 2 --mca oob_tcp_keepalive_probes 2 "$@"
+    --mca oob_tcp_keepalive_time 2 --mca oob_tcp_keepalive_intvl 2 --mca oob_tcp_keepalive_probes 2 "$@"
 }
 # As ssh: HOST and words for a shell.
 rsh() {

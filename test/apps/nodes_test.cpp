@@ -162,9 +162,9 @@ TEST_CASE("a node that loses power ends the run, and its newest checkpoint resum
 TEST_CASE("a node whose cable is out ends the run, on both sides") {
   const auto lost = lose_node("unplugged", {"link", "1", "down"});
   INFO(lost.output);
-  CHECK(lost.code == 3);
+  CHECK(lost.code != 0);
   CHECK_THAT(lost.output, Contains(no_life_of_rank_2) && Contains("has shown no sign of life for 3."));
-  const auto left = nodes({"on", "1", "sh", "-c", "cat /proc/[0-9]*/comm"});
+  const auto left = nodes({"on", "1", "sh", "-c", "cat /proc/[0-9]*/cmdline"});
   CHECK(nodes({"link", "1", "up"}).code == 0);
-  CHECK_THAT(left.output, Contains("sh\n") && !Contains("distill\n"));
+  CHECK_THAT(left.output, Contains("_node") && !Contains("--config"));
 }
