@@ -29,8 +29,10 @@ column() {
 half=student.training_args.per_device_train_batch_size=32
 for round in $(seq "$rounds"); do
   one=$(run one 1 distill_loss_weight=0)
-  two=$(run two 2 distill_loss_weight=0 $half)
-  echo "$round: one rank $one tokens/s, two data-parallel ranks $two tokens/s: $(awk "BEGIN { printf \"%.2f\", $two / $one }") times"
+  two=$(run two 2 distill_loss_weight=0)
+  same=$(run same 2 distill_loss_weight=0 $half)
+  awk "BEGIN { printf \"$round: one rank %.0f tokens/s; two data-parallel ranks %.0f, %.2f times; with the same global batch %.0f, \"\
+    \"%.2f times\\n\", $one, $two, $two / $one, $same, $same / $one }"
 done
 tps=$(run channel 2 teacher_pretrain="${TEACHER:-output/wordnet-teacher/export}")
 echo "distillation, one student and one teacher rank: $tps tokens/s, step $(column channel train/step_train) s," \
