@@ -47,7 +47,7 @@ std::vector<sockaddr_in> own_addresses(in_port_t port) {
 
 std::vector<sockaddr_in> addresses_of(const std::string& card) {
   std::vector<sockaddr_in> addresses(card.size() / sizeof(sockaddr_in));
-  std::memcpy(addresses.data(), card.data(), addresses.size() * sizeof(sockaddr_in));
+  if (!addresses.empty()) std::memcpy(addresses.data(), card.data(), addresses.size() * sizeof(sockaddr_in));
   return addresses;
 }
 
