@@ -138,8 +138,7 @@ start_node() {
   unshare "${own_spaces[@]}" --fork --kill-child --mount-proc "$self" _node "$k" </dev/null >>"$dir/log" 2>&1 &
   pid=$(first_process $!)
   wait_for "$dir/ready.$k"
-  # The end of a killed node's cable may need a moment to go.
-  until ip link add name "cable$k" type veth peer name eth0 netns "$pid"; do sleep 0.05; done
+  ip link add name "cable$k" type veth peer name eth0 netns "$pid"
   ip link set "cable$k" master bridge up
   nsenter -t "$pid" --net sh -c "ip link set lo up; ip addr add $net.$((k + 1))/24 dev eth0; ip link set eth0 up"
   echo "$pid" >"$dir/node.$k"
@@ -148,6 +147,8 @@ kill_node() {
   ip link set "cable$1" down # before its last words can leave
   kill -KILL "$(cat "$dir/node.$1")"
   rm "$dir/node.$1"
+  # What its last words wait for would keep the cable for minutes.
+  ip link delete "cable$1"
 }
 run() {
   local each=$1 k=0 slots total=0
@@ -162,12 +163,12 @@ run() {
   mkdir -p "$dir/session"
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
   # Ranks share the cores (mpi_yield_when_idle, bind-to). Process ids repeat between clusters: the session is their own.
-  # mpirun ends 4 to 6 s after the loss of a node: later than ranks whose peer_dead_after is 3 s say so, and before they
+  # mpirun ends 6 to 7 s after the loss of a node: later than ranks whose peer_dead_after is 3 s say so, and before they
   # abort, which would make it wait for the lost node.
   exec mpirun -np "$total" --hostfile "$dir/mpi_hosts" --bind-to none --mca mpi_yield_when_idle 1 \
     --mca plm rsh --mca plm_rsh_agent "$self _rsh" --mca plm_rsh_no_tree_spawn 1 --mca orte_tmpdir_base "$dir/session" \
     --mca btl self,vader,tcp --mca btl_tcp_if_include $net.0/24 --mca oob_tcp_if_include $net.0/24 \
-    --mca oob_tcp_keepalive_time 2 --mca oob_tcp_keepalive_intvl 2 --mca oob_tcp_keepalive_probes 2 "$@"
+    --mca oob_tcp_keepalive_time 1 --mca oob_tcp_keepalive_intvl 3 --mca oob_tcp_keepalive_probes 2 "$@"
 }
 # As ssh: HOST and words for a shell.
 rsh() {
