@@ -289,7 +289,8 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
     refused({std::string("exp_name=") + name}, "expected a name that stays within output_dir");
   // The same on two ranks is one message, not two.
   refused({"student_pretrain=" + shop.path("nowhere")}, "distill: ", 2);
-  refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")}, shop.path("nothing.jsonl"), 2);
+  refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")},
+          "': student.data_args.file_name: " + shop.path("nothing.jsonl") + ": ", 2);
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"), 4);
   refused({}, "3 ranks", 3);
 }
