@@ -301,7 +301,7 @@ Setup random_setup(std::mt19937& random, int most_ranks) {
 
 }  // namespace
 
-// Every pair of values of two properties occurs in one of these.
+// Most pairs of values of two properties occur in one of these; tag [full] has all.
 TEST_CASE("ten steps on a grid are ten steps on one rank", "[grid]") {
   constexpr auto none = Recompute::none, full = Recompute::full, selective = Recompute::selective;
   constexpr auto packed = Layout::packed, padded = Layout::padded;
