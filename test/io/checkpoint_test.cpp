@@ -1,6 +1,5 @@
 #include "io/checkpoint.h"
 
-#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -22,6 +21,7 @@
 #include "kernels/backends.h"
 #include "parallel/parallel.h"
 #include "test/support/hostile.h"
+#include "test/support/limit.h"
 #include "test/support/refusal.h"
 #include "test/support/scratch_folder.h"
 
@@ -155,22 +155,6 @@ void forge(const std::string& path, const std::function<void(json&)>& change) {
   manifest["manifest_crc32c"] = digits;
   write(path, manifest.dump());
 }
-
-// Largest size of a file, until the end of the scope.
-class FileLimit {
- public:
-  explicit FileLimit(std::uint64_t bytes) {
-    std::signal(SIGXFSZ, SIG_IGN);
-    getrlimit(RLIMIT_FSIZE, &old_);
-    rlimit limit = old_;
-    limit.rlim_cur = bytes;
-    setrlimit(RLIMIT_FSIZE, &limit);
-  }
-  ~FileLimit() { setrlimit(RLIMIT_FSIZE, &old_); }
-
- private:
-  rlimit old_{};
-};
 
 }  // namespace
 

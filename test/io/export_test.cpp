@@ -1,9 +1,7 @@
 #include "io/export.h"
 
-#include <sys/resource.h>
 #include <algorithm>
 #include <catch2/catch.hpp>
-#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -12,6 +10,7 @@
 #include <sstream>
 
 #include "io/model_folder.h"
+#include "test/support/limit.h"
 #include "test/support/refusal.h"
 #include "test/support/scratch_folder.h"
 
@@ -172,15 +171,13 @@ TEST_CASE("an older export is replaced, and kept when the new one fails", "[expo
 
 TEST_CASE("a full disk leaves no export and no rubbish", "[export]") {
   const Source source;
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit old{};
-  getrlimit(RLIMIT_FSIZE, &old);
-  rlimit little = old;
-  little.rlim_cur = 600;  // bytes of one file
-  setrlimit(RLIMIT_FSIZE, &little);
   const std::string message = refusal(
-      source.path(), [&] { source.run(); }, ExitCode::internal);
-  setrlimit(RLIMIT_FSIZE, &old);
+      source.path(),
+      [&] {
+        const FileLimit full(600);
+        source.run();
+      },
+      ExitCode::internal);
   CHECK(message == ".out.partial/model.safetensors.partial: cannot write: File too large");
   CHECK(names_in(source.path()) == Names{"in"});
 }

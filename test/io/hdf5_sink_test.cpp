@@ -2,12 +2,11 @@
 
 #include <fcntl.h>
 #include <hdf5.h>
-#include <sys/resource.h>
 #include <unistd.h>
+
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -21,6 +20,7 @@
 #include "io/hdf5.h"
 #include "io/metric_sinks.h"
 #include "test/support/child.h"
+#include "test/support/limit.h"
 #include "test/support/refusal.h"
 #include "test/support/scratch_folder.h"
 
@@ -271,18 +271,14 @@ TEST_CASE("a full disk ends metrics.h5, not the run", "[hdf5_sink]") {
   const ScratchFolder folder;
   const std::string path = folder.path("metrics.h5");
   std::vector<std::string> warnings;
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit old{};
-  getrlimit(RLIMIT_FSIZE, &old);
   {
     Hdf5Sink sink(path, nothing_yet(),
                   [&](const std::string& message) { warnings.push_back(without(message, folder.path())); });
     sink.write(record(1));
-    rlimit little = old;
-    little.rlim_cur = rlim_t(fs::file_size(path));
-    setrlimit(RLIMIT_FSIZE, &little);
-    for (std::int64_t step = 2; step < 1000; ++step) sink.write(record(step));
-    setrlimit(RLIMIT_FSIZE, &old);
+    {
+      const FileLimit full(fs::file_size(path));
+      for (std::int64_t step = 2; step < 1000; ++step) sink.write(record(step));
+    }
     sink.write(record(1000));
   }
   REQUIRE(warnings.size() == 1);

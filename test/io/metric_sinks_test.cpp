@@ -1,9 +1,7 @@
 #include "io/metric_sinks.h"
 
-#include <sys/resource.h>
 #include <algorithm>
 #include <catch2/catch.hpp>
-#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -11,6 +9,7 @@
 
 #include "io/console_sink.h"
 #include "io/csv_sink.h"
+#include "test/support/limit.h"
 #include "test/support/refusal.h"
 #include "test/support/scratch_folder.h"
 
@@ -89,18 +88,14 @@ TEST_CASE("CSV: a full disk loses lines but no columns, and is reported once", "
   const ScratchFolder folder;
   const std::string path = folder.path("metrics.csv");
   std::vector<std::string> warnings;
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit old{};
-  getrlimit(RLIMIT_FSIZE, &old);
   {
     CsvSink sink(path, names, 0,
                  [&](const std::string& message) { warnings.push_back(without(message, folder.path())); });
-    rlimit little = old;
-    little.rlim_cur = header.size() + 5;
-    setrlimit(RLIMIT_FSIZE, &little);
-    sink.write(record(1, 2));
-    sink.write(record(2, 2));
-    setrlimit(RLIMIT_FSIZE, &old);
+    {
+      const FileLimit full(header.size() + 5);
+      sink.write(record(1, 2));
+      sink.write(record(2, 2));
+    }
     CHECK(read(path) == header);
     sink.write(record(3, 2));
   }

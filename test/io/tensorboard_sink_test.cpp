@@ -1,9 +1,7 @@
 #include "io/tensorboard_sink.h"
 
-#include <sys/resource.h>
 #include <catch2/catch.hpp>
 #include <cmath>
-#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -12,6 +10,7 @@
 #include <map>
 
 #include "io/crc32c.h"
+#include "test/support/limit.h"
 #include "test/support/scratch_folder.h"
 
 using namespace distill;
@@ -177,15 +176,11 @@ TEST_CASE("a full disk loses records, not the file", "[tensorboard]") {
   const ScratchFolder folder;
   int warnings = 0;
   TensorboardSink sink(folder.path(), 0, 10, [&](const std::string&) { ++warnings; });
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit old{};
-  getrlimit(RLIMIT_FSIZE, &old);
-  rlimit little = old;
-  little.rlim_cur = rlim_t(fs::file_size(sink.path())) + 20;
-  setrlimit(RLIMIT_FSIZE, &little);
-  sink.write({.step = 1, .wall_time = 11, .values = {{"a", 1}}});
-  sink.write({.step = 2, .wall_time = 12, .values = {{"a", 2}}});
-  setrlimit(RLIMIT_FSIZE, &old);
+  {
+    const FileLimit full(fs::file_size(sink.path()) + 20);
+    sink.write({.step = 1, .wall_time = 11, .values = {{"a", 1}}});
+    sink.write({.step = 2, .wall_time = 12, .values = {{"a", 2}}});
+  }
   sink.write({.step = 3, .wall_time = 13, .values = {{"a", 3}}});
   CHECK(warnings == 1);
   const auto all = records(contents(sink.path()));

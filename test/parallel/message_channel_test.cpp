@@ -5,6 +5,7 @@
 
 #include "test/support/channel_script.h"
 #include "test/support/mpi_main.h"
+#include "test/support/refusal.h"
 
 using namespace distill;
 using namespace distill::test;
@@ -12,16 +13,6 @@ using namespace distill::test;
 namespace {
 
 // Ranks that are threads cannot use Catch's macros: the suite throws, and the test case sees it.
-template <class Work>
-Error error_of(const Work& work) {
-  try {
-    work();
-  } catch (const Error& error) {
-    return error;
-  }
-  return Error(ExitCode::ok, "no error came");
-}
-
 void check_says(const Error& error, ExitCode code, const std::vector<std::string>& parts) {
   check(error.code() == code, "code ", int(error.code()), ": ", error.what());
   for (const std::string& part : parts)

@@ -15,6 +15,7 @@
 #include "test/support/channel_script.h"
 #include "test/support/child.h"
 #include "test/support/limit.h"
+#include "test/support/refusal.h"
 
 using namespace distill;
 using namespace distill::test;
@@ -57,17 +58,6 @@ struct Processes {
   ChannelEnd student(const Patience& patience = {}) const { return {memory, shape, member(0), member(1), patience}; }
   ChannelEnd teacher(const Patience& patience = {}) const { return {memory, shape, member(1), member(0), patience}; }
 };
-
-template <class Work>
-Error error_of(const Work& work) {
-  try {
-    work();
-  } catch (const Error& error) {
-    return error;
-  }
-  FAIL("no error came");
-  return Error(ExitCode::ok, "");
-}
 
 }  // namespace
 

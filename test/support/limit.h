@@ -3,6 +3,7 @@
 
 #include <sys/resource.h>
 
+#include <csignal>
 #include <stdexcept>
 
 namespace distill::test {
@@ -22,6 +23,12 @@ class Limit {
  private:
   __rlimit_resource_t resource_;
   rlimit before_{};
+};
+
+// The largest size of a file, in bytes: what a full disk does, as an error of write() and not as a signal.
+class FileLimit : public Limit {
+ public:
+  explicit FileLimit(rlim_t bytes) : Limit(RLIMIT_FSIZE, bytes) { std::signal(SIGXFSZ, SIG_IGN); }
 };
 
 }  // namespace distill::test
