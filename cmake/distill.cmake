@@ -54,6 +54,7 @@ function(distill_test name)
     else()
       target_link_libraries(${name} PRIVATE distill_executable distill_test_main ${arg_LINKS})
     endif()
+    target_compile_options(${name} PRIVATE ${DISTILL_TEST_OPTIMISATION})
     target_compile_definitions(${name} PRIVATE DISTILL_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
                                DISTILL_BINARY_DIR="${PROJECT_BINARY_DIR}")
   endif()

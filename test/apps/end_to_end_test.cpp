@@ -31,7 +31,7 @@ std::pair<std::string, std::string> not_writable(const std::string& own) {
 
 }  // namespace
 
-TEST_CASE("one rank and two ranks give the same bits", "[e2e]") {
+TEST_CASE("one rank and two ranks give the same bits", "[e2e][sanitized]") {
   const Workshop shop;
   shop.make_teacher();
   const std::string dtype = GENERATE("fp32", "bf16");
@@ -92,7 +92,7 @@ TEST_CASE("sequences spread by work over ranks and micro-batches give the same l
   for (std::size_t i = 0; i < a.size(); ++i) CHECK(std::stod(a[i]) == Approx(std::stod(b[i])).epsilon(1e-5));
 }
 
-TEST_CASE("records encoded beforehand give the same run, and damage is said and mended", "[e2e]") {
+TEST_CASE("records encoded beforehand give the same run, and damage is said and mended", "[e2e][sanitized]") {
   const Workshop shop;
   shop.make_teacher();
   const auto run = [&](const std::string& command, std::vector<std::string> overrides = {}, int ranks = 0) {
@@ -141,7 +141,7 @@ TEST_CASE("records encoded beforehand give the same run, and damage is said and 
   CHECK(occurrences(run("check"), "; from ") == 2);
 }
 
-TEST_CASE("a killed run resumes bit for bit", "[e2e]") {
+TEST_CASE("a killed run resumes bit for bit", "[e2e][sanitized]") {
   const int ranks = GENERATE(0, 2);
   const Workshop shop;
   shop.make_teacher();
@@ -184,7 +184,7 @@ TEST_CASE("a killed run resumes bit for bit", "[e2e]") {
         }) == 2);
 }
 
-TEST_CASE("a signal saves, leaves with 85, and the same command goes on", "[e2e]") {
+TEST_CASE("a signal saves, leaves with 85, and the same command goes on", "[e2e][sanitized]") {
   const int ranks = GENERATE(0, 2);
   const Workshop shop;
   shop.make_teacher();
@@ -235,7 +235,7 @@ TEST_CASE("a time limit saves, leaves with 85, and the same command goes on", "[
   CHECK(shop.losses("limited") == shop.losses("unlimited"));
 }
 
-TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started", "[e2e]") {
+TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started", "[e2e][sanitized]") {
   const Workshop shop;
   shop.make_teacher();
   fs::copy(shop.path("student"), shop.path("no-template"));
@@ -319,7 +319,7 @@ TEST_CASE("what keeps two ranks from starting after the plan is said once, witho
   refused("no-config", {}, shop.path("no-config/config.yaml") + ": ", 1);
 }
 
-TEST_CASE("metrics of a run are looked at afterwards", "[e2e]") {
+TEST_CASE("metrics of a run are looked at afterwards", "[e2e][sanitized]") {
   const Workshop shop;
   REQUIRE(shop.train("demo", {"student_pretrain=" + shop.path("teacher"), "distill_loss_weight=0"}).code == 0);
   const auto metrics = [&](std::vector<std::string> arguments) {
@@ -489,7 +489,7 @@ TEST_CASE("a run that its checkpoints do not allow is refused, by check as well"
        "warning: " + checkpoint + ": was written with seed 42, this run has 7", 0);
 }
 
-TEST_CASE("inspect shows and verifies checkpoints", "[e2e]") {
+TEST_CASE("inspect shows and verifies checkpoints", "[e2e][sanitized]") {
   const Workshop shop;
   REQUIRE(
       shop.train("teacher-run", {"student_pretrain=" + shop.path("teacher"), "distill_loss_weight=0", "max_steps=4"})
@@ -534,7 +534,7 @@ TEST_CASE("inspect shows and verifies checkpoints", "[e2e]") {
   CHECK_THAT(inspect("nowhere", 2), Catch::Contains(shop.path("nowhere") + ": no such folder"));
 }
 
-TEST_CASE("a checkpoint is exported without its run as the run would have", "[e2e]") {
+TEST_CASE("a checkpoint is exported without its run as the run would have", "[e2e][sanitized]") {
   const Workshop shop;
   shop.make_teacher();
   const std::string dtype = GENERATE("fp32", "bf16");

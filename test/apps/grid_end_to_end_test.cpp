@@ -104,7 +104,7 @@ TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
   }
 }
 
-TEST_CASE("untied models on a grid without a teacher", "[e2e]") {
+TEST_CASE("untied models on a grid without a teacher", "[e2e][sanitized]") {
   const Workshop shop({.student_layers = 3, .tied = false});
   const Words plain = {"distill_loss_weight=0"};
   train(shop, "one", plain, 0);
@@ -155,7 +155,7 @@ TEST_CASE("no byte travels that need not", "[e2e]") {
   CHECK(bytes_per_position("messages", {"teacher_payload=logits", "logits_transfer_backend=nccl-only"}, 2) == 4096 * 2);
 }
 
-TEST_CASE("a grid resumes bit for bit, and another grid goes on within rounding", "[e2e]") {
+TEST_CASE("a grid resumes bit for bit, and another grid goes on within rounding", "[e2e][sanitized]") {
   const Workshop shop({.teacher_layers = 2, .student_layers = 2});
   shop.make_teacher();
   const Words grid = tp(2) + pp(2) + accumulation(2), half = {"save_steps=5", "max_steps=10"};
