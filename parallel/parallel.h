@@ -63,7 +63,10 @@ struct ChannelShape {
   int slots = 4;
 };
 
-// Shared memory that a channel takes, and what this node has left (the most there can be where it has no limit).
+// Shared memory of a group of ranks of one node: of the world of a run on one node, or of a channel by messages between
+// two of them.
+std::size_t shared_group_bytes(int ranks);
+// That of a channel in shared memory, and what this node has left (the most there can be where it has no limit).
 std::size_t channel_bytes(const ChannelShape& shape);
 std::uint64_t shared_memory_available();
 
