@@ -384,29 +384,40 @@ void start_lives(Communicator& world, Node& node) {
 }  // namespace
 
 struct MpiSession::State {
-  std::vector<Member> members;
+  std::vector<Member> members;  // of this rank alone until there is a world
+  int rank = 0, ranks = 0, threads_provided = 0;
   std::shared_ptr<Node> node = std::make_shared<Node>();
   std::unique_ptr<Communicator> world;
   std::atomic<bool> stop_asked = false;  // of a world of one
   int exceptions_at_start = 0;
+
+  const Member& me() const { return members[members.size() == 1 ? 0 : std::size_t(rank)]; }
 };
 
 MpiSession::MpiSession(int& argc, char**& argv) : state_(std::make_unique<State>()) {
   state_->exceptions_at_start = std::uncaught_exceptions();
-  int provided = 0;
-  check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
-  check(provided >= MPI_THREAD_SERIALIZED, "this MPI library does not let threads take turns (MPI_THREAD_SERIALIZED)");
-  check_mpi(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
-  int rank = 0, ranks = 0;
-  check_mpi(MPI_Comm_rank(MPI_COMM_WORLD, &rank), "MPI_Comm_rank");
-  check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &ranks), "MPI_Comm_size");
-  Member me{rank, ranks > 1 ? node_number(rank, ranks) : 0, host_name(), getpid()};
-  state_->members = {me};
+  check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &state_->threads_provided), "MPI_Init_thread");
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  MPI_Comm_rank(MPI_COMM_WORLD, &state_->rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &state_->ranks);
+  state_->members = {{state_->rank, 0, host_name(), getpid()}};
+}
+
+Communicator& MpiSession::world() {
+  if (!state_->world) make_world();
+  return *state_->world;
+}
+
+void MpiSession::make_world() {
+  check(state_->threads_provided >= MPI_THREAD_SERIALIZED,
+        "this MPI library does not let threads take turns (MPI_THREAD_SERIALIZED)");
+  const int ranks = state_->ranks;
+  Member me = state_->me();
   if (ranks == 1) {
     state_->world = std::make_unique<Alone>("world", me);
     return;
   }
-
+  me.node = node_number(me.world_rank, ranks);
   state_->members.assign(std::size_t(ranks), me);  // until they are known
   const auto first = messages("world");
   const int numbers[2] = {me.node, int(me.pid)};
@@ -431,7 +442,7 @@ MpiSession::MpiSession(int& argc, char**& argv) : state_(std::make_unique<State>
 MpiSession::~MpiSession() {
   if (std::uncaught_exceptions() > state_->exceptions_at_start) abort_all(int(ExitCode::internal));
   try {
-    state_->world->barrier();  // MPI_Finalize would burn the core while it waits
+    if (state_->world) state_->world->barrier();  // MPI_Finalize would burn the core while it waits
   } catch (const std::exception& error) {
     std::cerr << text(error.what(), "\n");
     abort_all(int(ExitCode::peer_lost));
@@ -440,7 +451,8 @@ MpiSession::~MpiSession() {
   MPI_Finalize();
 }
 
-Communicator& MpiSession::world() { return *state_->world; }
+const Member& MpiSession::me() const { return state_->me(); }
+int MpiSession::ranks() const { return state_->ranks; }
 
 void MpiSession::ask_to_stop() {
   state_->stop_asked = true;

@@ -18,11 +18,14 @@ namespace distill {
 // of ranks on one node talk through shared memory, others through messages.
 class MpiSession {
  public:
-  MpiSession(int& argc, char**& argv);
+  MpiSession(int& argc, char**& argv);  // begins MPI and nothing else
   ~MpiSession();  // waits for the other ranks, unless this one leaves by an exception: then it ends them
   MpiSession(const MpiSession&) = delete;
   MpiSession& operator=(const MpiSession&) = delete;
 
+  const Member& me() const;  // this rank; its node is known once there is a world
+  int ranks() const;
+  // The first call makes it and throws what fails (a CommonError where every rank knows); every rank makes that call.
   Communicator& world();
   // That this run shall end soon. Whoever is asked on a node, all ranks of the node see it. Any thread.
   void ask_to_stop();
@@ -34,6 +37,8 @@ class MpiSession {
   static std::string library_version();  // "Open MPI v4.1.4"
 
  private:
+  void make_world();
+
   struct State;
   std::unique_ptr<State> state_;
 };

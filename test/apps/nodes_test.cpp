@@ -108,13 +108,48 @@ TEST_CASE("what does not fit the nodes is said once, with the node's name") {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 // tools/pretend_nodes.sh with these words.
 Process::Result nodes(std::vector<std::string> words) {
   words.insert(words.begin(), nodes_script);
   return Process(words).wait();
 }
+
+// Shared memory of node 0, "64k". That of MPI is elsewhere then.
+void give_shared_memory(const std::string& size) {
+  REQUIRE(nodes({"on", "0", "mount", "-o", "remount,size=" + size, "/dev/shm"}).code == 0);
+}
+std::vector<std::string> with_mpi_memory_elsewhere(std::vector<std::string> words) {
+  const auto program = std::find(words.begin(), words.end(), DISTILL_PROGRAM);
+  const std::string elsewhere[] = {"--mca", "btl_vader_backing_directory", workshop().path("")};
+  words.insert(program, std::begin(elsewhere), std::end(elsewhere));
+  return words;
+}
+
+}  // namespace
+
+TEST_CASE("too little shared memory for the world, or for the groups of one role, is one message and code 2") {
+  const auto tp2 = both_roles("tensor_model_parallel_size=2");
+  const auto refused = [&](const std::string& size, const std::string& message) {
+    give_shared_memory(size);
+    auto arguments = tp2;
+    arguments.push_back("exp_name=scarce");
+    const auto result = Process(with_mpi_memory_elsewhere(command("4,0", arguments))).wait();
+    INFO(result.output);
+    CHECK(result.code == 2);
+    CHECK(occurrences(result.output, "distill: ") == 1);
+    CHECK_THAT(result.output, Contains("distill: " + message) && Contains(" bytes of shared memory, /dev/shm has "));
+    return result.output;
+  };
+  refused("64k", "group world of 4 ranks needs ");
+  // The world has its memory and those of the students and of the teachers as well, but only one of the two tp groups.
+  const std::string late = refused("19m", "group tp 0 of ");
+  CHECK_THAT(late, Contains("a node needs 21.00 MiB of shared memory for groups of ranks and "));
+  give_shared_memory("256m");
+}
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
 
 // Steps done at the newest checkpoint; 0 without one.
 int newest_step(const std::string& name) {
