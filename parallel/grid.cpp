@@ -188,6 +188,11 @@ Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers) {
   return groups;
 }
 
+void Groups::set_patience(const Patience& patience) {
+  for (const auto* group : {&role, &tp, &dp, &pp_forward, &pp_backward, &kv, &tied, &partners})
+    if (*group) (*group)->set_patience(patience);
+}
+
 std::map<int, std::size_t> group_bytes(const Grid& grid, int kv_sharers) {
   constexpr std::pair<Seat Seats::*, int> kinds[] = {{&Seats::role, 1},    {&Seats::tp, 1}, {&Seats::dp, 1},
                                                      {&Seats::pp, 2},      {&Seats::kv, 1}, {&Seats::tied, 1},

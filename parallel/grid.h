@@ -58,6 +58,8 @@ struct Groups {
   std::unique_ptr<Communicator> kv;                       // tensor-parallel neighbours that share key/value heads
   std::unique_ptr<Communicator> tied;      // first and last stage; null on others and where these are one
   std::unique_ptr<Communicator> partners;  // a student and its teacher; null where there is one role
+
+  void set_patience(const Patience& patience);  // of all of them
 };
 // kv_sharers: tensor-parallel ranks that hold the same key/value heads.
 Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers);

@@ -442,7 +442,11 @@ void MpiSession::make_world() {
 MpiSession::~MpiSession() {
   if (std::uncaught_exceptions() > state_->exceptions_at_start) abort_all(int(ExitCode::internal));
   try {
-    if (state_->world) state_->world->barrier();  // MPI_Finalize would burn the core while it waits
+    // MPI_Finalize would burn the core while it waits. Others may work for long after this rank has done its part.
+    if (Communicator* const all = state_->world.get()) {
+      all->set_patience(all->patience().while_alive());
+      all->barrier();
+    }
   } catch (const std::exception& error) {
     std::cerr << text(error.what(), "\n");
     abort_all(int(ExitCode::peer_lost));

@@ -19,7 +19,8 @@ namespace distill {
 class MpiSession {
  public:
   MpiSession(int& argc, char**& argv);  // begins MPI and nothing else
-  ~MpiSession();  // waits for the other ranks, unless this one leaves by an exception: then it ends them
+  // Waits for the other ranks as long as they live, unless this one leaves by an exception: then it ends them.
+  ~MpiSession();
   MpiSession(const MpiSession&) = delete;
   MpiSession& operator=(const MpiSession&) = delete;
 
