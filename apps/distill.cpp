@@ -99,6 +99,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     if (speaks && command.command == Command::check)
       for (const std::string& difference : differences) std::cerr << "warning: " << difference << std::endl;
   });
+  mpi.watch_nodes(world.patience().peer_dead_after);
   const Say progress = progress_line(speaks);
   if (command.command == Command::encode) {
     encode_and_keep(world, file, threads, say, progress);

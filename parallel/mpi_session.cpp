@@ -363,8 +363,8 @@ void start_lives(Communicator& world, Node& node) {
   });
   if (speaker == world.rank()) node.memory->seal(ticket);
   for (const int rank : order)
-    if (world.members()[std::size_t(rank)].node != int(own))
-      node.lives->watch_far(rank, index_of(rank), speaker);
+    if (const int its_node = world.members()[std::size_t(rank)].node; its_node != int(own))
+      node.lives->watch_far(rank, its_node, index_of(rank), speaker);
     else if (rank != world.rank())
       node.lives->watch(rank, index_of(rank));
   if (nodes.size() == 1) return;
@@ -465,6 +465,18 @@ void MpiSession::ask_to_stop() {
 
 bool MpiSession::stop_asked() const {
   return state_->stop_asked || (state_->node->lives && state_->node->lives->stop_asked());
+}
+
+void MpiSession::watch_nodes(std::chrono::milliseconds dead_after) {
+  const bool speaks = ranks_of_node(world()).front() == world().rank();
+  if (!state_->node->lives) return;
+  state_->node->lives->watch_nodes(dead_after, [this, speaks](int rank, const std::string& trouble) {
+    if (speaks)
+      std::cerr << text("distill: ", name_of(me()), ": ", name_of(state_->members[std::size_t(rank)]), " ", trouble,
+                        ", like all ranks of its node\n")
+                << std::flush;
+    abort_all(int(ExitCode::peer_lost));
+  });
 }
 
 std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t longest_message) {

@@ -2,6 +2,7 @@
 // them. See README.md.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -31,6 +32,9 @@ class MpiSession {
   // That this run shall end soon. Whoever is asked on a node, all ranks of the node see it. Any thread.
   void ask_to_stop();
   bool stop_asked() const;
+  // From now on the loss of another node, silent for dead_after, ends this run with code peer_lost and one message a
+  // node, also while no rank waits.
+  void watch_nodes(std::chrono::milliseconds dead_after);
   // A group of all ranks that uses messages even within a node, none longer than longest_message bytes.
   std::unique_ptr<Communicator> messages(std::string name, std::size_t longest_message = std::size_t(1) << 30);
   // Ends all ranks now with this exit code.
