@@ -131,8 +131,51 @@ void check_run_folders(const ConfigFile& file) {
   check_can_write(file, "logging_dir", config.log_dir());
 }
 
+// What may travel from teacher to student: with `auto` that is decided when the run begins.
+std::vector<Payload> possible_payloads(const Config& config) {
+  if (config.teacher_payload == TeacherPayload::logits) return {Payload::logits};
+  if (config.teacher_payload == TeacherPayload::hidden) return {Payload::hidden};
+  return {Payload::logits, Payload::hidden};
+}
+
+// Of the channel to a student of the last stage; by messages it is a group of the two.
+std::size_t most_channel_bytes(const RunPlan& plan, const Place& student) {
+  if (plan.config.logits_transfer_backend == LogitsTransfer::network) return shared_group_bytes(2);
+  std::size_t most = 0;
+  for (const Payload payload : possible_payloads(plan.config))
+    most = std::max(most, channel_bytes(channel_shape(plan, student, payload)));
+  return most;
+}
+
+std::size_t data_bytes(const DataSet& data) {
+  return data.samples.tokens().size_bytes() + data.samples.offsets().size_bytes() +
+         data.samples.prompt_lengths().size_bytes();
+}
+
+// Warns where a node of the run needs more shared memory than there is here. has_begun: the ranks of the plan are those
+// of this run, and what they share already is no longer available.
+template <class Warn>
+void check_shared_memory(const RunPlan& plan, bool has_begun, const Warn& warn) {
+  const int ranks = int(plan.grid.places.size());
+  std::map<int, std::size_t> groups = group_bytes(plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp)), channels;
+  if (ranks > 1 && !has_begun)  // `check --ranks`: all are planned on one node
+    groups[0] +=
+        shared_group_bytes(ranks) + data_bytes(plan.train) + (plan.validation ? data_bytes(*plan.validation) : 0);
+  for (const Place& place : plan.grid.places)
+    if (place.role == Role::student && place.partner >= 0 && place.pp_rank + 1 == plan.grid.sizes.pp)
+      channels[place.node] += most_channel_bytes(plan, place);
+  std::size_t of_groups = 0, of_channels = 0;  // on the node that needs most
+  for (const auto& [node, bytes] : groups)
+    if (bytes + channels[node] > of_groups + of_channels) of_groups = bytes, of_channels = channels[node];
+  if (const auto available = shared_memory_available(); of_groups + of_channels > available)
+    warn("a node needs ", bytes_text(double(of_groups)), " of shared memory for groups of ranks and ",
+         bytes_text(double(of_channels)), " for logits channels, /dev/shm has ", bytes_text(double(available)),
+         " here: give it more, start fewer ranks a node",
+         of_channels > 0 ? ", lower logits_chunk or logits_ring_slots" : "");
+}
+
 // What is legal and yet may not be meant.
-std::vector<std::string> warnings_about(const RunPlan& plan) {
+std::vector<std::string> warnings_about(const RunPlan& plan, bool has_begun) {
   const Config& config = plan.config;
   std::vector<std::string> warnings;
   const auto warn = [&](const auto&... parts) { warnings.push_back(text(parts...)); };
@@ -166,19 +209,7 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   if (balances(config.student) && !config.student.use_sequence_packing)
     warn(
         "student.sequence_packing_args.algorithm: load_balance changes nothing: student.use_sequence_packing is false");
-  if (plan.teacher && int(plan.grid.places.size()) > ranks &&
-      config.logits_transfer_backend == LogitsTransfer::shared_memory &&
-      config.teacher_payload != TeacherPayload::hidden) {
-    std::map<int, std::size_t> needed;  // bytes by node
-    for (const Place& place : plan.grid.places)
-      if (place.role == Role::student && place.pp_rank + 1 == plan.grid.sizes.pp)
-        needed[place.node] += channel_bytes(channel_shape(plan, place, Payload::logits));
-    std::size_t most = 0;
-    for (const auto& [node, bytes] : needed) most = std::max(most, bytes);
-    if (const auto available = shared_memory_available(); most > available)
-      warn("the logits channels of a node need ", bytes_text(double(most)), " of shared memory, /dev/shm has ",
-           bytes_text(double(available)), " here: lower logits_chunk or logits_ring_slots");
-  }
+  check_shared_memory(plan, has_begun, warn);
   return warnings;
 }
 
@@ -254,7 +285,7 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world,
   world.run_together([&] {
     plan_steps(plan, file);
     check_run_folders(file);
-    plan.warnings = warnings_about(plan);
+    plan.warnings = warnings_about(plan, world.size() == int(grid.places.size()));
   });
   return plan;
 }
@@ -359,6 +390,18 @@ std::string describe_data(const char* what, const DataSet& data) {
   return out + "\n";
 }
 
+// "1.20 MiB of logits", or of hidden states, or of either.
+std::string describe_slot(const RunPlan& plan) {
+  std::string out;
+  for (const Payload payload : possible_payloads(plan.config)) {
+    const ChannelShape shape = channel_shape(plan, Place{}, payload);
+    const double bytes = double(shape.positions) * double(shape.columns) * double(size_of(shape.dtype));
+    out += text(out.empty() ? "" : " or ", bytes_text(bytes),
+                payload == Payload::logits ? " of logits" : " of hidden states");
+  }
+  return out;
+}
+
 }  // namespace
 
 std::string describe(const RunPlan& plan) {
@@ -383,8 +426,6 @@ std::string describe(const RunPlan& plan) {
               training.lr_scheduler_type, " schedule, peak rate ", training.learning_rate, ", ", plan.warmup_steps,
               " warm-up steps\n");
   if (plan.teacher) {
-    const double slot = double(plan.logits_chunk) * double(head_part(plan, *plan.teacher, 0).columns) *
-                        double(size_of(config.teacher.model_args.dtype));
     out += text("  loss: ", 1 - config.distill_loss_weight, " × cross-entropy + ", config.distill_loss_weight, " × ",
                 objective_names[std::size_t(config.kd_objective)], " at temperature ", config.kd_temperature,
                 config.logits_topk > 0 ? text(", top ", config.logits_topk, " (",
@@ -392,7 +433,7 @@ std::string describe(const RunPlan& plan) {
                                        : "",
                 "; teacher logits in chunks of ", plan.logits_chunk, " positions");
     if (plan.grid.places.size() > 1)
-      out += text(", a ring of ", config.logits_ring_slots, " × ", bytes_text(slot),
+      out += text(", a ring of ", config.logits_ring_slots, " × ", describe_slot(plan),
                   config.logits_transfer_backend == LogitsTransfer::network ? " by messages" : " in shared memory",
                   " per student of the last stage");
     out += "\n";

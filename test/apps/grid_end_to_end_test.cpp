@@ -238,3 +238,25 @@ TEST_CASE("grids that do not fit the models are refused with those that do", "[e
       "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids that fit 4 ranks a role: "
       "tp 1, pp 1, dp 4; tp 1, pp 2, dp 2; tp 2, pp 1, dp 2; tp 2, pp 2, dp 1; tp 4, pp 1, dp 1");
 }
+
+TEST_CASE("check says what a slot of the ring holds, and when a node has too little shared memory", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto check = [&](const Words& overrides) {
+    const auto result = Process(shop.command(Words{"check", "--config", shop.path("run.yaml"), "--ranks", "2",
+                                                   "logits_chunk=16", "logits_ring_slots=3"} +
+                                             overrides))
+                            .wait();
+    INFO(result.output);
+    CHECK(result.code == 0);
+    return result.output;
+  };
+  // f32: 16 positions of 4096 columns, or of hidden size 32.
+  const std::string logits = check({"teacher_payload=logits"}), hidden = check({"teacher_payload=hidden"});
+  CHECK_THAT(logits, Catch::Contains("a ring of 3 × 256.00 KiB of logits in shared memory"));
+  CHECK_THAT(hidden, Catch::Contains("a ring of 3 × 2.00 KiB of hidden states in shared memory"));
+  CHECK_THAT(check({}), Catch::Contains("a ring of 3 × 256.00 KiB of logits or 2.00 KiB of hidden states in shared"));
+  CHECK_THAT(logits + hidden, !Catch::Contains("warning:"));
+  CHECK_THAT(check({"logits_ring_slots=1000000000", "teacher_payload=hidden"}),
+             Catch::Contains(" for logits channels, /dev/shm has ") && Catch::Contains("lower logits_chunk"));
+}
