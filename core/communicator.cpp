@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <map>
 #include <utility>
 
@@ -69,8 +70,11 @@ void Communicator::finish_started() {
   for (Lane* lane : {&collectives_, &sends_, &receives_}) lane->stop();
 }
 
-std::unique_ptr<Pending> Communicator::start(Lane& lane, std::int64_t elements, std::function<void()> work) {
-  if (elements > 0 && size() > 1) return lane.start(std::move(work));
+// What begins does so in start(); in a group of one work() does all there is to do at once.
+template <class Start, class Work>
+static std::unique_ptr<Pending> begin(const Communicator& group, std::int64_t elements, const Start& start,
+                                      const Work& work) {
+  if (elements > 0 && group.size() > 1) return start();
   if (elements > 0) work();
   return std::make_unique<Done>();
 }
@@ -83,7 +87,8 @@ void Communicator::all_reduce(View x, Reduce op) {
 
 std::unique_ptr<Pending> Communicator::start_all_reduce(View x, Reduce op) {
   check(x.contiguous(), name_, ": all_reduce of ", x, " with stride ", x.stride);
-  return start(collectives_, x.size(), [this, x, op] { do_all_reduce(x, op); });
+  return begin(
+      *this, x.size(), [&] { return do_start_all_reduce(x, op); }, [&] { do_all_reduce(x, op); });
 }
 
 void Communicator::check_reduce_scatter(const View& mine, const ConstView& all) const {
@@ -99,7 +104,8 @@ void Communicator::reduce_scatter(View mine, const ConstView& all, Reduce op) {
 
 std::unique_ptr<Pending> Communicator::start_reduce_scatter(View mine, const ConstView& all, Reduce op) {
   check_reduce_scatter(mine, all);
-  return start(collectives_, mine.size(), [this, mine, all, op] { do_reduce_scatter(mine, all, op); });
+  return begin(
+      *this, mine.size(), [&] { return do_start_reduce_scatter(mine, all, op); }, [&] { do_reduce_scatter(mine, all, op); });
 }
 
 void Communicator::check_all_gather(const View& all, const ConstView& mine) const {
@@ -115,7 +121,8 @@ void Communicator::all_gather(View all, const ConstView& mine) {
 
 std::unique_ptr<Pending> Communicator::start_all_gather(View all, const ConstView& mine) {
   check_all_gather(all, mine);
-  return start(collectives_, mine.size(), [this, all, mine] { do_all_gather(all, mine); });
+  return begin(
+      *this, mine.size(), [&] { return do_start_all_gather(all, mine); }, [&] { do_all_gather(all, mine); });
 }
 
 void Communicator::broadcast(View x, int root) {
@@ -127,6 +134,10 @@ void Communicator::broadcast(View x, int root) {
 
 void Communicator::check_pair(const ConstView& x, int other, const char* call) const {
   check(x.contiguous(), name_, ": ", call, " of ", x, " with stride ", x.stride);
+  check_other(other, call);
+}
+
+void Communicator::check_other(int other, const char* call) const {
   check(other >= 0 && other < size() && other != rank_, name_, ": ", call, " by rank ", rank_, " of ", size(),
         ", other rank ", other);
 }
@@ -139,7 +150,8 @@ void Communicator::send(const ConstView& x, int to) {
 
 std::unique_ptr<Pending> Communicator::start_send(const ConstView& x, int to) {
   check_pair(x, to, "send");
-  return start(sends_, x.size(), [this, x, to] { do_send(x, to); });
+  return begin(
+      *this, x.size(), [&] { return do_start_send(x, to); }, [&] { do_send(x, to); });
 }
 
 void Communicator::recv(View x, int from) {
@@ -150,12 +162,37 @@ void Communicator::recv(View x, int from) {
 
 std::unique_ptr<Pending> Communicator::start_recv(View x, int from) {
   check_pair(x, from, "recv");
-  return start(receives_, x.size(), [this, x, from] { do_recv(x, from); });
+  return begin(
+      *this, x.size(), [&] { return do_start_recv(x, from); }, [&] { do_recv(x, from); });
 }
 
 void Communicator::barrier() {
   collectives_.finish();
   do_barrier();
+}
+
+std::unique_ptr<Pending> Communicator::do_start_all_reduce(View x, Reduce op) {
+  return collectives_.start([this, x, op] { do_all_reduce(x, op); });
+}
+std::unique_ptr<Pending> Communicator::do_start_reduce_scatter(View mine, const ConstView& all, Reduce op) {
+  return collectives_.start([this, mine, all, op] { do_reduce_scatter(mine, all, op); });
+}
+std::unique_ptr<Pending> Communicator::do_start_all_gather(View all, const ConstView& mine) {
+  return collectives_.start([this, all, mine] { do_all_gather(all, mine); });
+}
+std::unique_ptr<Pending> Communicator::do_start_send(const ConstView& x, int to) {
+  return sends_.start([this, x, to] { do_send(x, to); });
+}
+std::unique_ptr<Pending> Communicator::do_start_recv(View x, int from) {
+  return receives_.start([this, x, from] { do_recv(x, from); });
+}
+
+void Communicator::do_send_words(std::span<const std::int32_t> words, int to) {
+  const std::int64_t n = std::int64_t(words.size());
+  do_send({words.data(), 1, n, n, DType::i32}, to);
+}
+void Communicator::do_recv_words(std::span<std::int32_t> words, int from) {
+  do_recv({words.data(), 1, std::int64_t(words.size()), DType::i32}, from);
 }
 
 void Communicator::gather_bytes(void* all, const void* mine, std::size_t bytes) {
@@ -229,6 +266,29 @@ std::vector<std::string> Communicator::all_gather(std::string_view bytes) {
   std::vector<std::string> out;
   for (std::size_t r = 0; r < members_.size(); ++r) out.push_back(all.substr(r * longest, lengths[r]));
   return out;
+}
+
+void Communicator::send(std::string_view bytes, int to) {
+  check_other(to, "send");
+  sends_.finish();
+  check(bytes.size() <= std::size_t(std::numeric_limits<std::int32_t>::max()), name_, ": send of ", bytes.size(),
+        " bytes");
+  const std::int32_t length = std::int32_t(bytes.size());
+  do_send_words({&length, 1}, to);
+  std::vector<std::int32_t> words((bytes.size() + 3) / 4);
+  if (words.empty()) return;
+  std::memcpy(words.data(), bytes.data(), bytes.size());
+  do_send_words(words, to);
+}
+
+std::string Communicator::recv(int from) {
+  check_other(from, "recv");
+  receives_.finish();
+  std::int32_t length = 0;
+  do_recv_words({&length, 1}, from);
+  std::vector<std::int32_t> words((std::size_t(length) + 3) / 4);
+  if (!words.empty()) do_recv_words(words, from);
+  return {reinterpret_cast<const char*>(words.data()), std::size_t(length)};
 }
 
 bool Communicator::all_equal(std::string_view bytes) {

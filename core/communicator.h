@@ -2,7 +2,8 @@
 // implementation lacks does not compile. A group of one is a group (class Alone): no layer asks whether it is parallel.
 //
 // Every rank of a group makes the same calls in the same order with the same shapes. Views are contiguous and lie where
-// the implementation says (host memory for threads and MPI). Reductions add rank 0, 1, 2, …, in that order, for every
+// the implementation says: host memory for threads and MPI, the device's for a GroupOnDevice (core/group_on_device.h);
+// "small things" lie in host memory whatever the group. Reductions add rank 0, 1, 2, …, in that order, for every
 // element: same group size, same bits. 16-bit formats are added in f32 and rounded once. NaN survives sum, max and min.
 // A call that waits for a rank that died, or for one that gives nothing for `peer_timeout`, ends with
 // Error(ExitCode::peer_lost) that names who waited for whom.
@@ -69,7 +70,7 @@ class Communicator {
   int size() const { return int(members_.size()); }
   const std::vector<Member>& members() const { return members_; }  // by rank of this group
   const Patience& patience() const { return patience_; }
-  void set_patience(const Patience& patience) { patience_ = patience; }  // groups split off later take it over
+  virtual void set_patience(const Patience& patience) { patience_ = patience; }  // groups split off later take it over
 
   // --- tensors
   void all_reduce(View x, Reduce op = Reduce::sum);  // in place
@@ -94,7 +95,7 @@ class Communicator {
   std::unique_ptr<Pending> start_recv(View x, int from);
   // Every call of this rank that waits for another rank in this group ends with an error, on whichever thread it is.
   // Afterwards the group is good for nothing but to be destroyed. Any thread.
-  void give_up();
+  virtual void give_up();
 
   // Ranks of one color form a group, ordered by key, then by rank; a negative color takes part in none (null).
   std::unique_ptr<Communicator> split(int color, int key, std::string name);
@@ -110,6 +111,9 @@ class Communicator {
   std::string broadcast(std::string_view bytes, int root);
   // What each rank passed, by rank, on every rank.
   std::vector<std::string> all_gather(std::string_view bytes);
+  // Pairs match in order, as above.
+  void send(std::string_view bytes, int to);
+  std::string recv(int from);
   // True on every rank when all passed the same bytes.
   bool all_equal(std::string_view bytes);
   // Runs work on every rank. Where it throws on any, every rank throws the error of the lowest rank it failed on, as a
@@ -129,7 +133,7 @@ class Communicator {
   void check_reduce_scatter(const View& mine, const ConstView& all) const;
   void check_all_gather(const View& all, const ConstView& mine) const;
   void check_pair(const ConstView& x, int other, const char* call) const;
-  std::unique_ptr<Pending> start(Lane& lane, std::int64_t elements, std::function<void()> work);
+  void check_other(int other, const char* call) const;
   void gather_bytes(void* all, const void* mine, std::size_t bytes);
   void broadcast_bytes(void* x, std::size_t bytes, int root);
 
@@ -140,12 +144,24 @@ class Communicator {
   virtual void do_send(const ConstView& x, int to) = 0;
   virtual void do_recv(View x, int from) = 0;
   virtual void do_barrier() = 0;
+  // In a group of several ranks, of at least one element. Unless an implementation begins them in its own way, they run
+  // on the lane of their kind.
+  virtual std::unique_ptr<Pending> do_start_all_reduce(View x, Reduce op);
+  virtual std::unique_ptr<Pending> do_start_reduce_scatter(View mine, const ConstView& all, Reduce op);
+  virtual std::unique_ptr<Pending> do_start_all_gather(View all, const ConstView& mine);
+  virtual std::unique_ptr<Pending> do_start_send(const ConstView& x, int to);
+  virtual std::unique_ptr<Pending> do_start_recv(View x, int from);
   // Host memory: as all_gather and broadcast, in bytes.
   virtual void do_all_gather_bytes(void* all, const void* mine, std::size_t bytes) = 0;
   virtual void do_broadcast_bytes(void* x, std::size_t bytes, int root) = 0;
+  // Host memory: as send and recv, in words. For groups whose Views lie there these are the same.
+  virtual void do_send_words(std::span<const std::int32_t> words, int to);
+  virtual void do_recv_words(std::span<std::int32_t> words, int from);
   // parents: the ranks of this group that form the new one, in its order; empty when this rank takes part in none, but
   // the call is still made. group: number of the new group among those of this split.
   virtual std::unique_ptr<Communicator> do_split(const std::vector<int>& parents, int group, std::string name) = 0;
+
+  friend class GroupOnDevice;  // hands on to the group that it is made over
 
   std::string name_;
   int rank_;

@@ -70,6 +70,9 @@ class Device {
   virtual int threads()
       const = 0;  // compute threads; sums depend on it, so it belongs to what makes runs bit-identical
   virtual double peak_memory() const = 0;  // bytes: the most that this process has used so far
+  // The stream that all work goes to, as the backend's library has it (cudaStream_t): for what orders itself with that
+  // work by events. Null where work is done when a call returns.
+  virtual void* native_stream() const { return nullptr; }
 
   // --- memory
   // ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/communicator.h"
+#include "core/device.h"
 #include "core/train/logits_channel.h"
 
 namespace distill {
@@ -85,6 +86,13 @@ std::uint64_t shared_memory_available();
 // shared memory is an input error on both.
 std::unique_ptr<TeacherSource> open_shared_source(Communicator& group, int teacher, const ChannelShape& shape);
 std::unique_ptr<LogitsSink> open_shared_sink(Communicator& group, int student, const ChannelShape& shape);
+
+// The same in the memory of the teacher's GPU: the student's kernels read it in place, and nothing but events orders the
+// two streams. Where the student's GPU cannot reach it, both get null and `obstacle` says why.
+std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher, const ChannelShape& shape,
+                                               Device& device, std::string& obstacle);
+std::unique_ptr<LogitsSink> open_gpu_sink(Communicator& group, int student, const ChannelShape& shape, Device& device,
+                                          std::string& obstacle);
 
 // The same by messages, for partners on different nodes. Both ranks of pair, a group of the two, call; pair is free
 // again when the calls return.

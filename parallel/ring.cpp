@@ -91,6 +91,7 @@ class RingSource final : public TeacherSource, private End {
     const ChunkTag& tag = ring().tag(slot());
     check_tag(tag);
     teacher_waited_ = tag.teacher_waited;
+    ring().take_over(slot());
     return slot_view();
   }
   void release() override {
@@ -126,9 +127,12 @@ class RingSink final : public LogitsSink, private End {
     hold(positions);
     const std::uint64_t slots = std::uint64_t(shape().slots);
     wait([&] { return due_.sequence - ring().theirs() < slots || ring().other_closed(); });
-    if (!ring().other_closed()) return slot_view();
-    held_ = false;
-    return {};
+    if (ring().other_closed()) {
+      held_ = false;
+      return {};
+    }
+    if (due_.sequence >= slots) ring().take_over(slot());
+    return slot_view();
   }
   void publish() override {
     check_held();

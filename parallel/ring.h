@@ -35,6 +35,9 @@ class Ring {
   // For the side whose turn the slot is.
   virtual ChunkTag& tag(std::size_t slot) = 0;
   virtual std::byte* memory(std::size_t slot) = 0;
+  // What this side does with the slot from now on comes after what the other did before it handed the slot over. Once
+  // for every chunk, except for the teacher's first one in each slot.
+  virtual void take_over(std::size_t) {}
   // This side has now handed over (published or released) `chunks` chunks.
   virtual void hand_over(std::uint64_t chunks) = 0;
   // What is wrong with the other side, empty while it lives; may throw what it has met itself.

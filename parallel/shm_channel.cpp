@@ -85,46 +85,26 @@ RingEnd ring_end(const ChannelEnd& end, Side side) {
   return {std::make_unique<SharedRing>(end, side), end.shape, end.self, end.other, end.patience};
 }
 
-// Text between two ranks.
-void send_text(Communicator& group, int to, const std::string& message) {
-  std::int32_t length = std::int32_t(message.size());
-  std::vector<std::int32_t> words((message.size() + 3) / 4);
-  std::copy(message.begin(), message.end(), reinterpret_cast<char*>(words.data()));
-  group.send({&length, 1, 1, 1, DType::i32}, to);
-  group.send({words.data(), 1, std::int64_t(words.size()), std::int64_t(words.size()), DType::i32}, to);
-}
-std::string recv_text(Communicator& group, int from) {
-  std::int32_t length = 0;
-  group.recv({&length, 1, 1, DType::i32}, from);
-  std::vector<std::int32_t> words((std::size_t(length) + 3) / 4);
-  group.recv({words.data(), 1, std::int64_t(words.size()), DType::i32}, from);
-  return {reinterpret_cast<const char*>(words.data()), std::size_t(length)};
-}
+}  // namespace
 
-// What a rank answers while the channel is opened: a payload, or the error that it met, which both throw.
-struct Answer {
-  std::string payload;
-  std::optional<Error> error;
-
-  static Answer of(const std::function<std::string()>& work) {
-    try {
-      return {work(), {}};
-    } catch (const Error& error) {
-      return {{}, error};
-    }
+Answer Answer::of(const std::function<std::string()>& work) {
+  try {
+    return {work(), {}};
+  } catch (const Error& error) {
+    return {{}, error};
   }
-  std::string packed() const {
-    return error ? text(char(error->code()), error->what()) : text(char(ExitCode::ok), payload);
-  }
-  static Answer unpacked(const std::string& packed) {
-    const ExitCode code = ExitCode(packed.at(0));
-    if (code == ExitCode::ok) return {packed.substr(1), {}};
-    return {{}, Error(code, packed.substr(1))};
-  }
-  void check() const {
-    if (error) throw Error(*error);
-  }
-};
+}
+std::string Answer::packed() const {
+  return error ? text(char(error->code()), error->what()) : text(char(ExitCode::ok), payload);
+}
+Answer Answer::unpacked(const std::string& packed) {
+  const ExitCode code = ExitCode(packed.at(0));
+  if (code == ExitCode::ok) return {packed.substr(1), {}};
+  return {{}, Error(code, packed.substr(1))};
+}
+void Answer::check() const {
+  if (error) throw Error(*error);
+}
 
 ChannelEnd end_between(const Communicator& group, int other, const ChannelShape& shape) {
   check(other >= 0 && other < group.size() && other != group.rank(), "the logits channel: rank ", group.rank(), " of ",
@@ -136,7 +116,10 @@ ChannelEnd end_between(const Communicator& group, int other, const ChannelShape&
   return end;
 }
 
-}  // namespace
+std::size_t control_bytes(const ChannelShape& shape) { return slots_offset(shape); }
+std::unique_ptr<Ring> make_control_ring(const ChannelEnd& end, Side side) {
+  return std::make_unique<SharedRing>(end, side);
+}
 
 std::size_t channel_bytes(const ChannelShape& shape) {
   return slots_offset(shape) + std::size_t(shape.slots) * slot_bytes(shape);
@@ -168,9 +151,9 @@ std::unique_ptr<LogitsSink> open_shared_sink(Communicator& group, int student, c
     sink = make_shared_sink(end);
     return segment->name();
   });
-  send_text(group, student, mine.packed());
+  group.send(mine.packed(), student);
   mine.check();
-  const Answer theirs = Answer::unpacked(recv_text(group, student));
+  const Answer theirs = Answer::unpacked(group.recv(student));
   segment->unlink();
   theirs.check();
   return sink;
@@ -178,7 +161,7 @@ std::unique_ptr<LogitsSink> open_shared_sink(Communicator& group, int student, c
 
 std::unique_ptr<TeacherSource> open_shared_source(Communicator& group, int teacher, const ChannelShape& shape) {
   ChannelEnd end = end_between(group, teacher, shape);
-  const Answer theirs = Answer::unpacked(recv_text(group, teacher));
+  const Answer theirs = Answer::unpacked(group.recv(teacher));
   theirs.check();
   std::unique_ptr<TeacherSource> source;
   const Answer mine = Answer::of([&] {
@@ -187,7 +170,7 @@ std::unique_ptr<TeacherSource> open_shared_source(Communicator& group, int teach
     source = make_shared_source(end);
     return std::string();
   });
-  send_text(group, teacher, mine.packed());
+  group.send(mine.packed(), teacher);
   mine.check();
   return source;
 }

@@ -4,6 +4,9 @@
 // Logits of the supervised positions of a micro-batch travel in chunks, in the order the data gives them; both ends see
 // the same micro-batches and cut them into the same chunks. One chunk is held at a time. Destroying an end closes it:
 // the other end is not left waiting.
+//
+// Chunks lie in memory of the end's device, and its work is ordered there: what was put on the device before publish()
+// or release() is done before the other end's work on the chunk begins. Nobody has to synchronize the device for that.
 #pragma once
 
 #include <cstdint>

@@ -59,7 +59,6 @@ ConstView HiddenTeacherSource::acquire(std::int64_t positions) {
   const ConstView hidden = channel_->acquire(positions);
   const View logits = logits_.view().row_slice(0, positions);
   device_.gemm(logits, hidden, transposed(head_.view()));
-  device_.synchronize();
   channel_->release();  // the teacher goes on while the loss is computed
   return logits;
 }
@@ -135,16 +134,13 @@ void TeacherLoop::expect(const MicroBatch* micro, int m) {
 }
 
 void TeacherLoop::ask(bool wanted) {
-  std::int32_t word = wanted;
-  if (!links_.is_first()) pp_backward_.send({&word, 1, 1, 1, DType::i32}, links_.stage() - 1);
+  if (!links_.is_first()) pp_backward_.send(wanted ? "more" : "enough", links_.stage() - 1);
 }
 
 // What the next stage says, or on the last one what the students of the tensor-parallel group have said so far.
 bool TeacherLoop::is_wanted() {
   if (links_.is_last()) return !teacher_.model().tp().group().any(is_closed_);
-  std::int32_t word = 0;
-  pp_backward_.recv({&word, 1, 1, 1, DType::i32}, links_.stage() + 1);
-  return word != 0;
+  return pp_backward_.recv(links_.stage() + 1) == "more";
 }
 
 // The logits of a micro-batch, or the hidden states, into the channel; false when the student has closed it.
@@ -157,7 +153,6 @@ bool TeacherLoop::feed(const MicroBatch& micro) {
     const View slot = sink_->acquire(std::min(chunk_, count - first));
     if (!slot.data) return false;
     payload_ == Payload::hidden ? teacher_.next_hidden(slot) : teacher_.next_logits(slot);
-    device_.synchronize();
     sink_->publish();
   }
   return true;

@@ -1,0 +1,142 @@
+#include "apps/devices.h"
+
+#include <algorithm>
+#include <iomanip>
+#include <sstream>
+
+#include "core/group_on_device.h"
+#include "kernels/backends.h"
+
+namespace distill {
+
+namespace {
+
+const WorkerConfig& worker_of(const Config& config, Role role) {
+  return role == Role::teacher ? config.teacher : config.student;
+}
+
+std::string key_of(Role role) { return text(role == Role::teacher ? "teacher" : "student", ".device_mapping"); }
+
+bool same_gpus(const Gpus& a, const Gpus& b) {
+  return std::equal(a.visible.begin(), a.visible.end(), b.visible.begin(), b.visible.end(),
+                    [](const Gpu& x, const Gpu& y) { return x.bus_id == y.bus_id; });
+}
+
+// Why this rank gets no GPU, or its number in `gpu`.
+std::string mapped(const Config& config, const Grid& grid, const std::vector<RankSight>& sights, std::size_t rank,
+                   int& gpu) {
+  const Place& place = grid.places[rank];
+  const std::vector<int>& mapping = worker_of(config, place.role).device_mapping;
+  const std::size_t index = std::size_t(role_rank(grid.sizes, place));
+  const int count = int(sights[rank].gpus.visible.size());
+  if (index >= mapping.size())
+    return text(key_of(place.role), " names ", mapping.size(), " devices: expected one for each rank of the role, ",
+                grid.sizes.tp * grid.sizes.pp * grid.sizes.dp);
+  gpu = mapping[index] - place.node * count;
+  if (gpu >= 0 && gpu < count) return {};
+  return text(key_of(place.role), " gives rank ", rank, " GPU ", mapping[index], ": expected ", place.node * count,
+              " to ", place.node * count + count - 1, ", the GPUs of node ", place.node, ", where that rank is");
+}
+
+// The same for a rank without device_mapping.
+std::string shared_out(const Grid& grid, const std::vector<RankSight>& sights, std::size_t rank, int& gpu) {
+  // The ranks that choose among the same GPUs, and where this one stands among them and among those of its role.
+  int ranks = 0, index = 0, students = 0, index_in_role = 0;
+  for (std::size_t other = 0; other < sights.size(); ++other) {
+    if (sights[other].node != sights[rank].node || !same_gpus(sights[other].gpus, sights[rank].gpus)) continue;
+    const bool is_before = other < rank, is_same_role = grid.places[other].role == grid.places[rank].role;
+    ++ranks;
+    index += is_before;
+    students += is_student(grid.places[other].role);
+    index_in_role += is_before && is_same_role;
+  }
+  const int count = int(sights[rank].gpus.visible.size());
+  const int wanted = std::max(students, ranks - students);
+  gpu = ranks <= count ? index : index_in_role;
+  if (wanted <= count) return {};
+  return text("node ", grid.places[rank].node, " shows ", count, count == 1 ? " GPU" : " GPUs", " to ", ranks,
+              " ranks: expected ", ranks, ", or ", wanted, " where a student and its teacher share one");
+}
+
+}  // namespace
+
+std::vector<int> choose_gpus(const Config& config, const Grid& grid, const std::vector<RankSight>& sights) {
+  if (config.device == DeviceChoice::cpu) return {};
+  std::vector<int> gpus(sights.size());
+  for (std::size_t rank = 0; rank < sights.size(); ++rank) {
+    std::string problem = sights[rank].gpus.problem;
+    if (!problem.empty()) problem = text("rank ", rank, ": ", problem);
+    const bool has_mapping = !worker_of(config, grid.places[rank].role).device_mapping.empty();
+    if (problem.empty())
+      problem = has_mapping ? mapped(config, grid, sights, rank, gpus[rank])
+                            : shared_out(grid, sights, rank, gpus[rank]);
+    if (problem.empty()) continue;
+    if (config.device == DeviceChoice::automatic) return {};
+    fail_input("device: cuda: ", problem);
+  }
+  return gpus;
+}
+
+namespace {
+
+// Lines: problem, then name, bus id and bytes of every GPU.
+std::string packed(const Gpus& gpus) {
+  std::string out = gpus.problem + "\n";
+  for (const Gpu& gpu : gpus.visible) out += text(gpu.name, "\n", gpu.bus_id, "\n", gpu.memory, "\n");
+  return out;
+}
+Gpus unpacked(const std::string& lines) {
+  std::istringstream in(lines);
+  Gpus gpus;
+  std::getline(in, gpus.problem);
+  for (Gpu gpu; std::getline(in, gpu.name) && std::getline(in, gpu.bus_id);) {
+    std::string bytes;
+    std::getline(in, bytes);
+    gpu.memory = std::stoull(bytes);
+    gpus.visible.push_back(gpu);
+  }
+  return gpus;
+}
+
+}  // namespace
+
+RunDevices find_devices(const Config& config, const Grid& grid, Communicator& world) {
+  RunDevices devices;
+  if (config.device == DeviceChoice::cpu) return devices;
+  for (const std::string& lines : world.all_gather(packed(find_gpus()))) {
+    const int node = world.members()[devices.sights.size()].node;
+    devices.sights.push_back({node, unpacked(lines)});
+  }
+  world.run_together([&] { devices.gpus = choose_gpus(config, grid, devices.sights); });
+  return devices;
+}
+
+std::string describe(const RunDevices& devices, const Grid& grid, const Communicator& world) {
+  if (!devices.are_gpus()) {
+    const bool looked = !devices.sights.empty() && !devices.sights.front().gpus.problem.empty();
+    return text("  device: cpu", looked ? text(" (", devices.sights.front().gpus.problem, ")") : "");
+  }
+  std::ostringstream out;
+  out << "devices:\n  rank  role     host  GPU";
+  for (std::size_t rank = 0; rank < devices.gpus.size(); ++rank) {
+    const Gpu& gpu = devices.sights[rank].gpus.visible[std::size_t(devices.gpus[rank])];
+    const std::string& host = world.members()[rank].host;
+    out << "\n"
+        << std::setw(6) << rank << "  " << std::left << std::setw(7) << name_of(grid.places[rank].role) << std::right
+        << "  " << (host.empty() ? "this" : host) << "  " << devices.gpus[rank] << " (" << gpu.name << ", "
+        << (gpu.memory >> 30) << " GiB, " << gpu.bus_id << ")";
+  }
+  return out.str();
+}
+
+std::unique_ptr<Device> make_device(const RunDevices& devices, int rank, int threads) {
+  return devices.are_gpus() ? make_cuda_device(devices.gpus[std::size_t(rank)]) : make_cpu_device(threads);
+}
+
+void move_to_device(Groups& groups, Device& device, const RunDevices& devices) {
+  if (!devices.are_gpus()) return;
+  for (auto* group : {&groups.tp, &groups.dp, &groups.pp_forward, &groups.pp_backward, &groups.kv, &groups.tied})
+    if (*group) *group = std::make_unique<StagedGroup>(device, std::move(*group));
+}
+
+}  // namespace distill

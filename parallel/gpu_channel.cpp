@@ -1,0 +1,224 @@
+// The logits channel in the teacher's GPU memory. The slots are one allocation of the teacher's device, opened by the
+// student through its IPC handle; the words that say how far each side is lie in shared memory, as on a CPU. Handing a
+// slot over is an interprocess event recorded on this side's stream before its word is written; taking it over makes
+// the other side's stream wait for that event. So neither host waits for a GPU, and no logit is copied.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <utility>
+#include <vector>
+
+#include "parallel/cuda_calls.h"
+#include "parallel/ring.h"
+#include "parallel/shared_segment.h"
+#include "parallel/shm_channel.h"
+#include "parallel/wait.h"
+
+namespace distill {
+
+namespace {
+
+using namespace cuda_calls;
+
+template <class Handle>
+std::string bytes_of(const Handle& handle) {
+  return {reinterpret_cast<const char*>(&handle), sizeof handle};
+}
+template <class Handle>
+Handle handle_at(const std::string& bytes, std::size_t at) {
+  check(at + sizeof(Handle) <= bytes.size(), "the logits channel: a handle is cut off");
+  Handle handle;
+  std::memcpy(&handle, bytes.data() + at, sizeof handle);
+  return handle;
+}
+
+// One a slot; `handles` is for the other process.
+std::vector<Event> make_events(int slots, std::string& handles) {
+  std::vector<Event> events;
+  for (int i = 0; i < slots; ++i) {
+    cudaEvent_t event{};
+    check_call(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventInterprocess));
+    events.emplace_back(event);
+    cudaIpcEventHandle_t handle{};
+    check_call(cudaIpcGetEventHandle(&handle, event));
+    handles += bytes_of(handle);
+  }
+  return events;
+}
+
+std::vector<Event> open_events(int slots, const std::string& bytes, std::size_t at) {
+  std::vector<Event> events;
+  for (int i = 0; i < slots; ++i, at += sizeof(cudaIpcEventHandle_t)) {
+    cudaEvent_t event{};
+    check_call(cudaIpcOpenEventHandle(&event, handle_at<cudaIpcEventHandle_t>(bytes, at)));
+    events.emplace_back(event);
+  }
+  return events;
+}
+
+// Another process's memory.
+struct CloseHandle {
+  void operator()(void* memory) const { cudaIpcCloseMemHandle(memory); }
+};
+using Opened = std::unique_ptr<void, CloseHandle>;
+
+// What one side has of the ring. Either of the memories is set.
+struct Parts {
+  Buffer own;
+  Opened opened;
+  std::vector<Event> mine, theirs;  // by slot
+
+  std::byte* memory() const { return static_cast<std::byte*>(own ? own.get() : opened.get()); }
+};
+
+class GpuRing final : public Ring, private Awaited {
+ public:
+  GpuRing(const ChannelEnd& end, Side side, Parts parts, cudaStream_t stream)
+      : parts_(std::move(parts)),
+        control_(make_control_ring(end, side)),
+        self_(end.self),
+        other_(end.other),
+        patience_(end.patience.while_alive()),
+        slot_bytes_(slot_bytes(end.shape)),
+        slots_(std::size_t(end.shape.slots)),
+        stream_(stream),
+        exceptions_at_start_(std::uncaught_exceptions()) {}
+  ~GpuRing() override {
+    cudaStreamSynchronize(stream_);  // what still uses the slots or the events
+    // The memory goes when the student has closed it, unless this is no orderly end.
+    if (parts_.own && std::uncaught_exceptions() == exceptions_at_start_) try {
+        wait_until([this] { return control_->other_closed(); }, patience_, *this);
+      } catch (const Error&) {  // it is dead: then it does not read
+      }
+    parts_ = {};
+  }
+
+  std::uint64_t theirs() const override { return control_->theirs(); }
+  bool other_closed() const override { return control_->other_closed(); }
+  ChunkTag& tag(std::size_t slot) override { return control_->tag(slot); }
+  std::byte* memory(std::size_t slot) override { return parts_.memory() + slot * slot_bytes_; }
+  void take_over(std::size_t slot) override {
+    check_call(cudaStreamWaitEvent(stream_, parts_.theirs[slot].get(), cudaEventWaitDefault));
+  }
+  void hand_over(std::uint64_t chunks) override {
+    check_call(cudaEventRecord(parts_.mine[std::size_t((chunks - 1) % slots_)].get(), stream_));
+    control_->hand_over(chunks);
+  }
+  std::string trouble() override { return control_->trouble(); }
+
+ private:
+  std::string self() const override { return name_of(self_); }
+  std::string whom() const override { return name_of(other_); }
+  std::string purpose() const override { return "closing the logits channel"; }
+
+  Parts parts_;
+  std::unique_ptr<Ring> control_;
+  Member self_, other_;
+  Patience patience_;
+  std::size_t slot_bytes_, slots_;
+  cudaStream_t stream_;
+  int exceptions_at_start_;
+};
+
+RingEnd ring_end(const ChannelEnd& end, Side side, Parts parts, Device& device) {
+  const auto stream = static_cast<cudaStream_t>(device.native_stream());
+  return {std::make_unique<GpuRing>(end, side, std::move(parts), stream), end.shape, end.self, end.other,
+          end.patience};
+}
+
+// Whether an error of getting or opening a handle means that this machine has no such way, and no more.
+bool is_obstacle(cudaError_t result) {
+  constexpr cudaError_t obstacles[] = {cudaErrorPeerAccessUnsupported, cudaErrorNotSupported, cudaErrorInvalidDevice,
+                                       cudaErrorMapBufferObjectFailed, cudaErrorTooManyPeers};
+  return std::find(std::begin(obstacles), std::end(obstacles), result) != std::end(obstacles);
+}
+// Empty when the call succeeded, else what stands in the way.
+std::string obstacle_of(cudaError_t result, const char* call) {
+  if (result == cudaSuccess) return {};
+  if (!is_obstacle(result)) check_call(result);
+  cudaGetLastError();  // it is dealt with
+  return text(call, ": ", cudaGetErrorString(result));
+}
+
+// Payloads: "+" and handles, or "-" and an obstacle.
+constexpr char is_possible = '+', is_impossible = '-';
+bool says_no(const std::string& payload, std::string& obstacle) {
+  check(!payload.empty(), "the logits channel: an empty answer");
+  if (payload[0] == is_possible) return false;
+  obstacle = payload.substr(1);
+  return true;
+}
+
+}  // namespace
+
+std::unique_ptr<LogitsSink> open_gpu_sink(Communicator& group, int student, const ChannelShape& shape, Device& device,
+                                          std::string& obstacle) {
+  ChannelEnd end = end_between(group, student, shape);
+  std::shared_ptr<SharedSegment> segment;
+  Parts parts;
+  const Answer offer = Answer::of([&] {
+    check(shape.positions > 0 && shape.columns > 0 && shape.slots > 0, "the logits channel: ", shape_text(shape));
+    parts.own = device.allocate(std::size_t(shape.slots) * slot_bytes(shape));
+    cudaIpcMemHandle_t handle{};
+    if (const auto no = obstacle_of(cudaIpcGetMemHandle(&handle, parts.own.get()), "cudaIpcGetMemHandle"); !no.empty())
+      return is_impossible + no;
+    std::string handles;
+    parts.mine = make_events(shape.slots, handles);
+    segment = std::make_shared<SharedSegment>(
+        SharedSegment::create(control_bytes(shape), "the words of the logits channel"));
+    start_channel(segment->data(), shape);
+    end.memory = GroupMemory::Block(segment, segment->data());
+    return is_possible + bytes_of(handle) + handles + segment->name();
+  });
+  group.send(offer.packed(), student);
+  offer.check();
+  if (says_no(offer.payload, obstacle)) return nullptr;
+  const Answer reply = Answer::unpacked(group.recv(student));
+  segment->unlink();
+  reply.check();
+  if (says_no(reply.payload, obstacle)) return nullptr;
+  std::unique_ptr<LogitsSink> sink;
+  const Answer last = Answer::of([&] {
+    parts.theirs = open_events(shape.slots, reply.payload, 1);
+    sink = make_sink(ring_end(end, Side::teacher, std::move(parts), device));
+    return std::string();
+  });
+  group.send(last.packed(), student);
+  last.check();
+  return sink;
+}
+
+std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher, const ChannelShape& shape,
+                                               Device& device, std::string& obstacle) {
+  ChannelEnd end = end_between(group, teacher, shape);
+  const Answer offer = Answer::unpacked(group.recv(teacher));
+  offer.check();
+  if (says_no(offer.payload, obstacle)) return nullptr;
+  Parts parts;
+  const Answer reply = Answer::of([&] {
+    constexpr std::size_t events_at = 1 + sizeof(cudaIpcMemHandle_t);
+    const std::size_t name_at = events_at + std::size_t(shape.slots) * sizeof(cudaIpcEventHandle_t);
+    check(offer.payload.size() > name_at, "the logits channel: the two ends disagree on the number of slots");
+    void* memory = nullptr;
+    const cudaError_t result = cudaIpcOpenMemHandle(&memory, handle_at<cudaIpcMemHandle_t>(offer.payload, 1),
+                                                    cudaIpcMemLazyEnablePeerAccess);
+    if (const auto no = obstacle_of(result, "cudaIpcOpenMemHandle"); !no.empty()) return is_impossible + no;
+    parts.opened.reset(memory);
+    parts.theirs = open_events(shape.slots, offer.payload, events_at);
+    const auto segment =
+        std::make_shared<SharedSegment>(SharedSegment::open(offer.payload.substr(name_at), control_bytes(shape)));
+    end.memory = GroupMemory::Block(segment, segment->data());
+    std::string handles;
+    parts.mine = make_events(shape.slots, handles);
+    return is_possible + handles;
+  });
+  group.send(reply.packed(), teacher);
+  reply.check();
+  if (says_no(reply.payload, obstacle)) return nullptr;
+  Answer::unpacked(group.recv(teacher)).check();
+  return make_source(ring_end(end, Side::student, std::move(parts), device));
+}
+
+}  // namespace distill
