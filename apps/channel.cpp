@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iostream>
 
 #include "apps/flops.h"
+#include "core/train/staged_channel.h"
 #include "core/train/time_report.h"
 #include "io/model_folder.h"
 
@@ -72,17 +74,47 @@ Tensor teacher_head(const RunPlan& plan, Device& device, const Place& place) {
   return values;
 }
 
-std::unique_ptr<TeacherSource> open_source(const RunPlan& plan, Communicator& pair, const ChannelShape& shape) {
-  constexpr int teacher = 1;
-  return plan.config.logits_transfer_backend == LogitsTransfer::network ? open_message_source(pair, teacher, shape)
-                                                                        : open_shared_source(pair, teacher, shape);
-}
+// The two ends of a channel between partners, and how they are opened for one kind of device.
+class Opening {
+ public:
+  Opening(const RunPlan& plan, Payload payload, bool is_gpu, Device& device, const Place& place, Communicator& pair)
+      : by_messages_(plan.config.logits_transfer_backend == LogitsTransfer::network),
+        is_gpu_(is_gpu),
+        device_(device),
+        pair_(pair),
+        shape_(channel_shape(plan, place, payload)) {}
 
-std::unique_ptr<LogitsSink> open_sink(const RunPlan& plan, Communicator& pair, const ChannelShape& shape) {
-  constexpr int student = 0;
-  return plan.config.logits_transfer_backend == LogitsTransfer::network ? open_message_sink(pair, student, shape)
-                                                                        : open_shared_sink(pair, student, shape);
-}
+  std::unique_ptr<TeacherSource> source() {
+    constexpr int teacher = 1;
+    if (is_gpu_ && !by_messages_) {
+      if (auto source = open_gpu_source(pair_, teacher, shape_, device_, obstacle_)) return source;
+      say_obstacle();
+    }
+    auto source = by_messages_ ? open_message_source(pair_, teacher, shape_) : open_shared_source(pair_, teacher, shape_);
+    if (!is_gpu_) return source;
+    return std::make_unique<StagedSource>(device_, std::move(source), shape_.positions, shape_.columns, shape_.dtype);
+  }
+  std::unique_ptr<LogitsSink> sink() {
+    constexpr int student = 0;
+    if (is_gpu_ && !by_messages_)
+      if (auto sink = open_gpu_sink(pair_, student, shape_, device_, obstacle_)) return sink;
+    auto sink = by_messages_ ? open_message_sink(pair_, student, shape_) : open_shared_sink(pair_, student, shape_);
+    if (!is_gpu_) return sink;
+    return std::make_unique<StagedSink>(device_, std::move(sink), shape_.positions, shape_.columns, shape_.dtype);
+  }
+
+ private:
+  void say_obstacle() const {
+    std::cerr << "warning: " << name_of(pair_.members()[0]) << " cannot read the memory of its teacher's GPU ("
+              << obstacle_ << "): the logits are copied through host memory" << std::endl;
+  }
+
+  bool by_messages_, is_gpu_;
+  Device& device_;
+  Communicator& pair_;
+  ChannelShape shape_;
+  std::string obstacle_;
+};
 
 }  // namespace
 
@@ -99,20 +131,20 @@ Payload decide_payload(const RunPlan& plan, Device& device, Communicator& world,
   return world.broadcast(chosen, /*root=*/0) == "hidden" ? Payload::hidden : Payload::logits;
 }
 
-Channel::Channel(const RunPlan& plan, Payload payload, Device& device, const Place& place, const Groups& groups,
-                 TeacherSide* teacher) {
+Channel::Channel(const RunPlan& plan, Payload payload, bool is_gpu, Device& device, const Place& place,
+                 const Groups& groups, TeacherSide* teacher) {
   if (!plan.teacher || place.pp_rank + 1 != plan.grid.sizes.pp) return;
   if (place.role == Role::both) {
     source = std::make_unique<LocalTeacher>(device, teacher->teacher, plan.config.teacher.model_args.dtype,
                                             plan.logits_chunk);
     return;
   }
-  const ChannelShape shape = channel_shape(plan, place, payload);
+  Opening opening(plan, payload, is_gpu, device, place, *groups.partners);
   if (place.role == Role::teacher) {
-    sink = open_sink(plan, *groups.partners, shape);
+    sink = opening.sink();
     return;
   }
-  source = open_source(plan, *groups.partners, shape);
+  source = opening.source();
   if (payload == Payload::hidden)
     source = std::make_unique<HiddenTeacherSource>(device, std::move(source), teacher_head(plan, device, place),
                                                    plan.logits_chunk);

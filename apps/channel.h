@@ -18,7 +18,8 @@ struct Channel {
   std::unique_ptr<LogitsSink> sink;       // teacher
 
   // teacher: what a rank that plays both roles has of it.
-  Channel(const RunPlan& plan, Payload payload, Device& device, const Place& place, const Groups& groups,
+  // is_gpu: the device has memory of its own.
+  Channel(const RunPlan& plan, Payload payload, bool is_gpu, Device& device, const Place& place, const Groups& groups,
           TeacherSide* teacher);
 };
 

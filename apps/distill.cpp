@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "apps/command_line.h"
+#include "apps/devices.h"
 #include "apps/encode_command.h"
 #include "apps/export_checkpoint.h"
 #include "apps/inspect.h"
@@ -18,6 +19,7 @@
 #include "apps/run_plan.h"
 #include "apps/signals.h"
 #include "apps/version.h"
+#include "kernels/gpus.h"
 #include "parallel/parallel.h"
 
 namespace distill {
@@ -87,7 +89,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
   ConfigFile file;
   Grid grid;
   world.run_together([&] {
-    file = read_config(command.config, command.overrides, Capabilities{});
+    file = read_config(command.config, command.overrides, Capabilities{.cuda = is_built_with_cuda()});
     world.set_patience(patience_of(file.config));
     if (speaks)
       for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
@@ -111,11 +113,14 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     for (const std::string& warning : plan->warnings) std::cerr << "warning: " << warning << std::endl;
   say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));
   if (plan->grid.places.size() > 1) say(describe(plan->grid, plan_hosts(world, command.ranks)));
+  // The devices of other ranks than these are not known here.
+  const RunDevices devices = command.ranks > 0 ? RunDevices{} : find_devices(plan->config, plan->grid, world);
+  if (command.ranks == 0) say(describe(devices, plan->grid, world));
   if (command.command == Command::check) {
     say("check: all good");
     return ExitCode::ok;
   }
-  return run_job(*plan, mpi, threads, started, say);
+  return run_job(*plan, devices, mpi, threads, started, say);
 }
 
 // libgomp reads when it is loaded how long a waiting thread spins, by default for milliseconds. Where ranks or other

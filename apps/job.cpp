@@ -19,7 +19,6 @@
 #include "io/durable_file.h"
 #include "io/metric_sinks.h"
 #include "io/run_folder.h"
-#include "kernels/backends.h"
 #include "parallel/parallel.h"
 
 namespace distill {
@@ -103,17 +102,19 @@ void run_long(Communicator& group, const std::function<void()>& work) {
 
 }  // namespace
 
-ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_point started, const Say& say) {
+ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads, Clock::time_point started, const Say& say) {
   Communicator& world = mpi.world();
   const Config& config = plan.config;
   const Place& place = plan.grid.places[std::size_t(world.rank())];
+  std::unique_ptr<Device> device;  // before what uses it to the last
   Groups groups = make_groups(world, plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp));
   const bool leads = world.rank() == 0;  // the first student: writes what is written once
   std::optional<RunFolder> folder;
   world.run_together([&] {
     if (leads) folder.emplace(config.run_dir().string());
   });
-  const std::unique_ptr<Device> device = make_cpu_device(threads);
+  world.run_together([&] { device = make_device(devices, world.rank(), threads); });
+  move_to_device(groups, *device, devices);
   const std::unique_ptr<DataSource> data = training_data(plan, place.dp_rank),
                                     validation = validation_data(plan, place.dp_rank);
   const Sizes sizes{.tokens = std::max(data->most_tokens(), validation ? validation->most_tokens() : 0),
@@ -133,7 +134,9 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   });
   const Payload payload = decide_payload(plan, *device, world, say);
   std::optional<Channel> channel;
-  world.run_together([&] { channel.emplace(plan, payload, *device, place, groups, teacher ? &*teacher : nullptr); });
+  world.run_together([&] {
+    channel.emplace(plan, payload, devices.are_gpus(), *device, place, groups, teacher ? &*teacher : nullptr);
+  });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   CheckpointFolder checkpoints(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
                                {place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,

@@ -18,6 +18,7 @@ struct Gpus {
   std::string problem;       // why none can be used; empty when `visible` holds any
 };
 
+bool is_built_with_cuda();
 // What the driver shows to this process. Never throws: a machine without GPUs is one of the answers.
 Gpus find_gpus();
 
