@@ -12,7 +12,6 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
