@@ -2,7 +2,7 @@
 # Installs the Debian packages that the build needs, and only those that are missing.
 set -eu
 packages="g++ cmake ninja-build ccache pkg-config openmpi-bin libopenmpi-dev libyaml-cpp-dev libcli11-dev libhdf5-dev catch2
-libdnnl-dev libhwy-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libxxhash-dev wordnet-base
+libdnnl-dev libhwy-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libxxhash-dev libboost-context-dev wordnet-base
 iproute2 util-linux"
 
 missing=""

@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 
@@ -49,7 +50,10 @@ extern int lane;  // of the CUDA thread that runs now, 0 to 31
 // --- executor.cpp
 
 // Remembers how to call the kernel with the arguments that cudaLaunchKernelExC gets as pointers.
-using Body = std::function<void()>;                           // one CUDA thread
+struct Body {  // one CUDA thread
+  std::shared_ptr<const void> bound;
+  void (*run)(const void* bound);
+};
 using Bind = Body (*)(const void* kernel, void** arguments);  // copies the arguments
 void make_launchable(const void* kernel, Bind bind);
 
@@ -80,7 +84,6 @@ __attribute__((no_sanitize("thread"))) inline std::uint64_t load_raw(const void*
 __attribute__((no_sanitize("thread"))) inline void store_raw(void* address, std::uint64_t word, std::size_t bytes) {
   __builtin_memcpy(address, &word, bytes);
 }
-void fence(bool whole_device);
 
 // Copies that arrive when the thread waits for them.
 void copy_async_16(void* shared, const void* global, bool valid = true, Site site = {});
@@ -95,17 +98,25 @@ long long clock_now();
 
 // --- templates over them
 
+// A kernel and a copy of its arguments. Outside the race check: where the copy lies is no matter of the kernel's.
+template <class Indices, class... P>
+struct Bound;
+template <std::size_t... i, class... P>
+struct Bound<std::index_sequence<i...>, P...> {
+  void (*kernel)(P...);
+  std::tuple<P...> arguments;
+  __attribute__((no_sanitize("thread"))) static void run(const void* bound) {
+    const Bound& b = *static_cast<const Bound*>(bound);
+    b.kernel(std::get<i>(b.arguments)...);
+  }
+  static Body bind(const void* kernel, void** arguments) {
+    const auto function = reinterpret_cast<void (*)(P...)>(const_cast<void*>(kernel));
+    return {std::make_shared<Bound>(Bound{function, {*static_cast<P*>(arguments[i])...}}), run};
+  }
+};
 template <class... P>
 void make_launchable(void (*kernel)(P...)) {
-  make_launchable(reinterpret_cast<const void*>(kernel), [](const void* address, void** arguments) -> Body {
-    const auto function = reinterpret_cast<void (*)(P...)>(const_cast<void*>(address));
-    return [&]<std::size_t... i>(std::index_sequence<i...>)->Body {
-      return [function, copy = std::tuple<P...>(*static_cast<std::remove_reference_t<P>*>(arguments[i])...)] {
-        std::apply(function, copy);
-      };
-    }
-    (std::index_sequence_for<P...>{});
-  });
+  make_launchable(reinterpret_cast<const void*>(kernel), Bound<std::index_sequence_for<P...>, P...>::bind);
 }
 
 template <class T>
@@ -214,9 +225,9 @@ inline int __syncthreads_or(int value, virtual_gpu::Site site = {}) {
 inline void __syncwarp(unsigned mask = 0xffffffffu, virtual_gpu::Site site = {}) {
   virtual_gpu::warp_meet(mask, "__syncwarp", nullptr, 0, virtual_gpu::Orders::memory, site);
 }
-inline void __threadfence_block() { virtual_gpu::fence(false); }
-inline void __threadfence() { virtual_gpu::fence(true); }
-inline void __threadfence_system() { virtual_gpu::fence(true); }
+inline void __threadfence_block() {}
+inline void __threadfence() {}
+inline void __threadfence_system() {}
 #define __trap() ::virtual_gpu::trap(::virtual_gpu::Site(__FILE__, __LINE__))
 inline void __nanosleep(unsigned) {}
 inline long long clock64() { return virtual_gpu::clock_now(); }
@@ -406,16 +417,18 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 
-// CUDA's global overloads.
+// CUDA's global overloads: both sides become their common type first.
 using std::max;
 using std::min;
 template <class A, class B>
-requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> &&
-         std::is_arithmetic_v<B>) constexpr std::common_type_t<A, B> max(A a, B b) {
-  return a < b ? std::common_type_t<A, B>(b) : std::common_type_t<A, B>(a);
+  requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> && std::is_arithmetic_v<B>)
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  return std::max(static_cast<T>(a), static_cast<T>(b));
 }
 template <class A, class B>
-requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> &&
-         std::is_arithmetic_v<B>) constexpr std::common_type_t<A, B> min(A a, B b) {
-  return b < a ? std::common_type_t<A, B>(b) : std::common_type_t<A, B>(a);
+  requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> && std::is_arithmetic_v<B>)
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  using T = std::common_type_t<A, B>;
+  return std::min(static_cast<T>(a), static_cast<T>(b));
 }

@@ -1,0 +1,46 @@
+// How a test steers the virtual GPU and asks what it saw. The program under test sees only cuda_runtime.h, cublas_v2.h,
+// cublasLt.h and nccl.h. README.md lists the environment variables that do the same for a whole process.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace virtual_gpu {
+
+enum class Races { off, shared, all };  // all: also between blocks, in global memory
+
+struct Options {
+  std::uint64_t seed = 1;             // order of independent streams and of threads within a block
+  int devices = 8;                    // described as H100
+  std::size_t memory = 4ull << 30;    // bytes of each
+  bool peer_access = true;            // whether devices can reach each other
+  int driver = 13000;                 // what cudaDriverGetVersion says
+  Races races = Races::all;
+  bool protection_keys = true;        // false: host access to device memory is kept out by mprotect, as without PKU
+};
+Options options_from_environment();
+
+// Starts over: forgets devices, streams, memory and plans to fail; what was still alive is reported as leaked.
+void restart(const Options& options);
+// Reports everything that is still alive. Called at exit, too.
+void report_leaks();
+
+// The `count`th call of this name from now on (1: the next) returns `error` and does nothing. "*": any call.
+// Errors that end a context on a real GPU (launch failure, illegal address, ECC …) are returned by every later call.
+void fail(const std::string& name, int count, int error);
+// How often a call was made since restart; "*": all calls together.
+std::uint64_t calls(const std::string& name);
+
+// What was found wrong since the last time. A process with reports that nobody took ends with 98 instead of 0.
+struct Report {
+  std::string kind;  // "race", "leak", "divergent barrier" …
+  std::string text;
+};
+std::vector<Report> take_reports();
+
+// Operations that were enqueued and not run yet.
+std::size_t pending();
+
+}  // namespace virtual_gpu
