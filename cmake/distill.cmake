@@ -1,10 +1,17 @@
 # Flags that every target of this project gets, and the three functions that make a target.
 
 add_library(distill_flags INTERFACE)
-target_compile_options(distill_flags INTERFACE -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual)
+set(host_flags -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual)
 if(DISTILL_WERROR)
-  target_compile_options(distill_flags INTERFACE -Werror)
+  list(APPEND host_flags -Werror)
+  target_compile_options(distill_flags INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
 endif()
+# Floating-point contraction may differ between two copies of one template; bit-identity is a promise, so it is off
+# except where a file asks for fused multiply-adds by name (Highway MulAdd, oneDNN). On a GPU there is one copy.
+list(APPEND host_flags -ffp-contract=off)
+list(JOIN host_flags "," joined_host_flags)
+target_compile_options(distill_flags INTERFACE "$<$<COMPILE_LANGUAGE:C,CXX>:${host_flags}>"
+                       $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=${joined_host_flags}>)
 if(DISTILL_SANITIZE)
   target_compile_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE} -fno-omit-frame-pointer
                          -fno-sanitize-recover=all)
@@ -20,18 +27,18 @@ if(DISTILL_SANITIZE MATCHES address)
   target_sources(distill_executable INTERFACE $<TARGET_OBJECTS:distill_keep_loaded>)
   target_link_options(distill_executable INTERFACE -Wl,--export-dynamic-symbol=dlclose)
 endif()
-# Floating-point contraction may differ between two copies of one template; bit-identity is a promise, so it is off
-# except where a file asks for fused multiply-adds by name (Highway MulAdd, oneDNN).
-target_compile_options(distill_flags INTERFACE -ffp-contract=off)
 target_include_directories(distill_flags INTERFACE ${PROJECT_SOURCE_DIR})
 
 # distill_library(core SOURCES a.cpp b.cpp DEPENDS distill_core PRIVATE dnnl)
 # One static library per folder. DEPENDS is what its headers show, PRIVATE what only its sources see. Every header of the
-# folder must compile alone (target <name>_verify_interface_header_sets).
+# folder must compile alone (target <name>_verify_interface_header_sets), but for those that EXCLUDE matches.
 function(distill_library name)
-  cmake_parse_arguments(arg "" "" "SOURCES;DEPENDS;PRIVATE" ${ARGN})
+  cmake_parse_arguments(arg "" "EXCLUDE" "SOURCES;DEPENDS;PRIVATE" ${ARGN})
   set(target distill_${name})
   file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.h)
+  if(arg_EXCLUDE)
+    list(FILTER headers EXCLUDE REGEX ${arg_EXCLUDE})
+  endif()
   add_library(${target} STATIC ${arg_SOURCES})
   target_sources(${target} PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR} FILES ${headers})
   set_target_properties(${target} PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON LINKER_LANGUAGE CXX)

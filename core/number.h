@@ -20,11 +20,15 @@ struct bf16 {
   std::uint16_t bits = 0;
   bf16() = default;
   DISTILL_HD explicit bf16(float x) {
+#if defined(__CUDA_ARCH__)  // one instruction, the same value; a NaN loses its payload
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else
     const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
     if ((u & 0x7fffffffu) > 0x7f800000u)
       bits = static_cast<std::uint16_t>((u >> 16) | 0x40u);
     else
       bits = static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+#endif
   }
   DISTILL_HD explicit operator float() const { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
 };
@@ -34,6 +38,9 @@ struct f16 {
   std::uint16_t bits = 0;
   f16() = default;
   DISTILL_HD explicit f16(float x) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+#else
     const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
     const std::uint32_t sign = (u >> 16) & 0x8000u;
     const std::uint32_t magnitude = u & 0x7fffffffu;
@@ -48,14 +55,21 @@ struct f16 {
       const std::uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
       bits = static_cast<std::uint16_t>(sign | (rounded >> 13));
     }
+#endif
   }
   DISTILL_HD explicit operator float() const {
+#if defined(__CUDA_ARCH__)
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
     const std::uint32_t sign = std::uint32_t{bits & 0x8000u} << 16;
     const std::uint32_t exponent = (bits >> 10) & 0x1fu, fraction = bits & 0x3ffu;
     if (exponent == 0x1f) return std::bit_cast<float>(sign | 0x7f800000u | (fraction << 13));
     if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
     const float value = static_cast<float>(fraction) * 0x1p-24f;
     return sign ? -value : value;
+#endif
   }
 };
 

@@ -6,10 +6,12 @@
 #include <cstdint>
 #include <numbers>
 
+#include "core/number.h"
+
 namespace distill {
 
 // The output function of SplitMix64 (Steele, Lea & Flood 2014), a bijection of 64-bit words.
-constexpr std::uint64_t mix_bits(std::uint64_t x) {
+DISTILL_HD constexpr std::uint64_t mix_bits(std::uint64_t x) {
   x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
@@ -17,7 +19,7 @@ constexpr std::uint64_t mix_bits(std::uint64_t x) {
 }
 
 // What all values of one tensor share.
-constexpr std::uint64_t random_key(std::uint64_t seed, std::uint64_t tensor) {
+DISTILL_HD constexpr std::uint64_t random_key(std::uint64_t seed, std::uint64_t tensor) {
   return mix_bits(mix_bits(seed) ^ mix_bits(~tensor));
 }
 
@@ -27,14 +29,14 @@ constexpr std::uint64_t random_key(std::uint64_t seed, std::uint64_t tensor) {
 struct NormalPair {
   double even, odd;
 };
-inline NormalPair normal_pair(std::uint64_t key, std::uint64_t pair) {
+DISTILL_HD inline NormalPair normal_pair(std::uint64_t key, std::uint64_t pair) {
   const double u = (double(mix_bits(key + 2 * pair) >> 11) + 0.5) * 0x1p-53;
   const double v = double(mix_bits(key + 2 * pair + 1) >> 11) * 0x1p-53;
   const double radius = std::sqrt(-2 * std::log(u)), angle = 2 * std::numbers::pi * v;
   return {radius * std::cos(angle), radius * std::sin(angle)};
 }
 
-inline double normal_value(std::uint64_t key, std::uint64_t index) {
+DISTILL_HD inline double normal_value(std::uint64_t key, std::uint64_t index) {
   const NormalPair pair = normal_pair(key, index / 2);
   return index % 2 == 0 ? pair.even : pair.odd;
 }

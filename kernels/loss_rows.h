@@ -163,27 +163,46 @@ struct Threshold {
   S above = 0;
 };
 
+template <class S>
+struct DigitSums {
+  static constexpr int bits = 4, bins = 1 << bits;
+  S weight[bins] = {};
+};
+
+// The 16 sums of one digit, shift bits from the right, over the entries that share the digits found before it.
+template <class Key, class S, class Team, class Items>
+DISTILL_HD DigitSums<S> digit_sums(Team team, const Items& items, Key found, int shift) {
+  using Sums = DigitSums<S>;
+  // Two shifts: one by all bits is undefined.
+  const Key fixed = Key(Key(~Key(0)) << shift << Sums::bits);
+  LongSum<S> weight[Sums::bins];
+  items.each(team.lane(), team.lanes(), [&](Key key, S w) {
+    if ((key & fixed) == found) weight[(key >> shift) & Key(Sums::bins - 1)].add(w);
+  });
+  Sums sums;
+  for (int d = 0; d < Sums::bins; ++d) sums.weight[d] = weight[d].value();
+  sum_each(team, sums.weight, Sums::bins);
+  return sums;
+}
+
+template <class Key, class S>
+DISTILL_HD void take_digit(Threshold<Key, S>& found, const DigitSums<S>& sums, int shift, S goal) {
+  int digit = DigitSums<S>::bins - 1, least = digit;
+  for (int d = digit; d >= 0; --d)
+    if (sums.weight[d] > S(0)) least = d;
+  while (digit > least && !(found.above + sums.weight[digit] > goal)) found.above += sums.weight[digit--];
+  found.key |= Key(digit) << shift;
+}
+
+// The shifts of the digits, from the left.
+template <class Key>
+inline constexpr int first_digit = int(sizeof(Key)) * 8 - DigitSums<float>::bits;
+
 template <class Key, class S, class Team, class Items>
 DISTILL_HD Threshold<Key, S> find_threshold(Team team, const Items& items, S goal) {
-  constexpr int digit_bits = 4, bins = 1 << digit_bits;
   Threshold<Key, S> found;
-  Key fixed = 0;  // mask of the digits found so far
-  for (int shift = int(sizeof(Key)) * 8 - digit_bits; shift >= 0; shift -= digit_bits) {
-    LongSum<S> weight[bins];
-    items.each(team.lane(), team.lanes(), [&](Key key, S w) {
-      if ((key & fixed) == found.key) weight[(key >> shift) & Key(bins - 1)].add(w);
-    });
-    S sums[bins];
-    for (int d = 0; d < bins; ++d) sums[d] = weight[d].value();
-    sum_each(team, sums, bins);
-    int least = bins - 1;
-    for (int d = bins - 1; d >= 0; --d)
-      if (sums[d] > S(0)) least = d;
-    int digit = bins - 1;
-    while (digit > least && !(found.above + sums[digit] > goal)) found.above += sums[digit--];
-    found.key |= Key(digit) << shift;
-    fixed |= Key(bins - 1) << shift;
-  }
+  for (int shift = first_digit<Key>; shift >= 0; shift -= DigitSums<S>::bits)
+    take_digit(found, digit_sums<Key, S>(team, items, found.key, shift), shift, goal);
   return found;
 }
 
@@ -254,26 +273,47 @@ struct LogSums {
   S student = 0, teacher = 0, kept_mass = 0;  // kept_mass: Σ exp(b) of the kept
 };
 
+// The largest a and b of those entries; the lowest number when there are none.
 template <class Team, class S, class T>
-DISTILL_HD LogSums<S> cut_log_sums(Team team, const CentredRow<S, T>& x, const TopkCut<S>& cut, bool kept) {
-  using std::exp, std::log;
+DISTILL_HD Maxima<S> cut_maxima(Team team, const CentredRow<S, T>& x, const TopkCut<S>& cut, bool kept) {
   constexpr S lowest = std::numeric_limits<S>::lowest();
-  S most_a = lowest, most_b = lowest;
+  Maxima<S> most{lowest, lowest};
   for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
     if (cut.keeps(x.row, j) != kept) continue;
-    if (x.a(j) > most_a) most_a = x.a(j);
-    if (x.b(j) > most_b) most_b = x.b(j);
+    if (x.a(j) > most.student) most.student = x.a(j);
+    if (x.b(j) > most.teacher) most.teacher = x.b(j);
   }
-  most_a = team.max(most_a);
-  most_b = team.max(most_b);
+  return {team.max(most.student), team.max(most.teacher)};
+}
+
+// Σ exp(a − most a), Σ exp(b − most b)
+template <class S>
+struct CutSums {
+  S student = 0, teacher = 0;
+};
+template <class Team, class S, class T>
+DISTILL_HD CutSums<S> cut_sums(Team team, const CentredRow<S, T>& x, const TopkCut<S>& cut, bool kept,
+                               const Maxima<S>& most) {
+  using std::exp;
   LongSum<S> student, teacher;
   for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
     if (cut.keeps(x.row, j) != kept) continue;
-    student.add(exp(x.a(j) - most_a));
-    teacher.add(exp(x.b(j) - most_b));
+    student.add(exp(x.a(j) - most.student));
+    teacher.add(exp(x.b(j) - most.teacher));
   }
-  const S sum_s = team.sum(student.value()), sum_t = team.sum(teacher.value());
-  return {most_a + log(sum_s), most_b + log(sum_t), exp(most_b) * sum_t};
+  return {team.sum(student.value()), team.sum(teacher.value())};
+}
+
+template <class S>
+DISTILL_HD LogSums<S> log_sums(const Maxima<S>& most, const CutSums<S>& sums) {
+  using std::exp, std::log;
+  return {most.student + log(sums.student), most.teacher + log(sums.teacher), exp(most.teacher) * sums.teacher};
+}
+
+template <class Team, class S, class T>
+DISTILL_HD LogSums<S> cut_log_sums(Team team, const CentredRow<S, T>& x, const TopkCut<S>& cut, bool kept) {
+  const Maxima<S> most = cut_maxima(team, x, cut, kept);
+  return log_sums(most, cut_sums(team, x, cut, kept, most));
 }
 
 // --- what a divergence must know of the position before its sums: only adaptive_kl does
@@ -296,22 +336,37 @@ struct TeacherMass {
   }
 };
 
-// The head is what is left when the smallest q are taken away as long as they sum to at most α; equal q share one side.
+// Σ |q − p| over the two sides. The head is what is left when the smallest q are taken away as long as they sum to at
+// most α; equal q share one side.
+template <class S>
+struct HeadTailSums {
+  S head = 0, tail = 0;
+};
 template <class Team, class S, class T>
-DISTILL_HD AdaptiveKl settled(Team team, const Outcomes<S, T>& outcomes, const AdaptiveKl& divergence) {
-  const auto head = find_threshold<OrderedBits<S>, S>(team, TeacherMass<S, T>{outcomes}, S(divergence.alpha));
-  LongSum<S> head_gap, tail_gap;  // Σ |q − p|
+DISTILL_HD HeadTailSums<S> head_tail_sums(Team team, const Outcomes<S, T>& outcomes, OrderedBits<S> head_key) {
+  LongSum<S> head, tail;
   for (std::int64_t j = team.lane(); j < outcomes.size(); j += team.lanes()) {
     if (!outcomes.has(j)) continue;
     const Outcome<S> y = outcomes.at(j);
     const S gap = y.q > y.p ? y.q - y.p : y.p - y.q;
-    (TeacherMass<S, T>::key(outcomes.b(j)) > head.key ? tail_gap : head_gap).add(gap);
+    (TeacherMass<S, T>::key(outcomes.b(j)) > head_key ? tail : head).add(gap);
   }
-  const double g_head = double(team.sum(head_gap.value())), g_tail = double(team.sum(tail_gap.value()));
-  AdaptiveKl weighted = divergence;
-  weighted.head_weight = g_head + g_tail < 1e-12 ? 0.5 : g_head / (g_head + g_tail);
-  weighted.tail_weight = 1 - weighted.head_weight;
-  return weighted;
+  return {team.sum(head.value()), team.sum(tail.value())};
+}
+
+template <class S>
+DISTILL_HD AdaptiveKl weighted(const AdaptiveKl& divergence, const HeadTailSums<S>& sums) {
+  const double head = double(sums.head), both = head + double(sums.tail);
+  AdaptiveKl result = divergence;
+  result.head_weight = both < 1e-12 ? 0.5 : head / both;
+  result.tail_weight = 1 - result.head_weight;
+  return result;
+}
+
+template <class Team, class S, class T>
+DISTILL_HD AdaptiveKl settled(Team team, const Outcomes<S, T>& outcomes, const AdaptiveKl& divergence) {
+  const auto head = find_threshold<OrderedBits<S>, S>(team, TeacherMass<S, T>{outcomes}, S(divergence.alpha));
+  return weighted(divergence, head_tail_sums(team, outcomes, head.key));
 }
 
 // --- pass 3: the divergence

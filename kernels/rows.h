@@ -10,15 +10,24 @@
 
 namespace distill {
 
-// y = round(x / rms(x)) · w, rms(x) = √(mean x² + eps), rounded to T as transformers does.
+// y = round(x / rms(x)) · w, rms(x) = √(mean x² + eps), rounded to T as transformers does: an element, and the row.
+template <class C>
+DISTILL_HD C inverse_rms_of(C squares, std::int64_t n, float eps) {
+  return C(1) / std::sqrt(squares / C(n) + C(eps));
+}
+template <class T>
+DISTILL_HD T normed(T x, Compute<T> inv, T w) {
+  using C = Compute<T>;
+  return T(C(T(C(x) * inv)) * C(w));
+}
 template <class Team, class T>
 DISTILL_HD void rms_norm_row(Team team, T* y, Compute<T>* inv_rms, const T* x, const T* w, std::int64_t n, float eps) {
   using C = Compute<T>;
   C squares = 0;
   for (std::int64_t i = team.lane(); i < n; i += team.lanes()) squares += C(x[i]) * C(x[i]);
-  const C inv = C(1) / std::sqrt(team.sum(squares) / C(n) + C(eps));
+  const C inv = inverse_rms_of(team.sum(squares), n, eps);
   if (team.lane() == 0) *inv_rms = inv;
-  for (std::int64_t i = team.lane(); i < n; i += team.lanes()) y[i] = T(C(T(C(x[i]) * inv)) * C(w[i]));
+  for (std::int64_t i = team.lane(); i < n; i += team.lanes()) y[i] = normed(x[i], inv, w[i]);
 }
 
 // sum = x + delta, y = rms_norm_row(sum). A lane reads back only what it wrote.

@@ -1,9 +1,8 @@
 // The conformance suite: every operation of every backend in every number type against test/support/reference.h, on odd
-// shapes, with gaps between rows that must stay untouched, and with no rows at all. Another backend: one line in
-// backends().
+// shapes, with gaps between rows that must stay untouched, and with no rows at all. Built once for each file that
+// defines backends().
 #include "core/device.h"
 
-#include <hwy/targets.h>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <functional>
@@ -11,39 +10,17 @@
 #include <random>
 
 #include "core/random.h"
-#include "kernels/backends.h"
+#include "test/support/backends.h"
 #include "test/support/reference.h"
 
 namespace distill {
 namespace {
 
+using test::Backend;
+using test::backends;
 using reference::Arithmetic;
 using reference::Matrix;
 using reference::Number;
-
-struct Backend {
-  std::string name;
-  std::function<std::unique_ptr<Device>()> make;
-};
-// A CPU that knows no newer instructions than `targets` (Highway's name for them).
-Backend old_cpu(const std::string& name, std::int64_t targets) {
-  return {name, [=] {
-            hwy::SetSupportedTargetsForTest(targets);
-            return make_cpu_device(2);
-          }};
-}
-Backend cpu(int threads) {
-  return {"cpu", [=] {
-            hwy::SetSupportedTargetsForTest(0);  // whatever this one has
-            return make_cpu_device(threads);
-          }};
-}
-std::vector<Backend> backends() {
-  std::vector<Backend> all = {cpu(1), cpu(3), old_cpu("cpu without vectors", HWY_STATIC_TARGET)};
-  hwy::SetSupportedTargetsForTest(0);
-  if (hwy::SupportedTargets() & HWY_AVX2) all.push_back(old_cpu("cpu with AVX2", HWY_AVX2));
-  return all;
-}
 
 using Generator = std::function<double(std::int64_t, std::int64_t)>;
 
@@ -531,8 +508,9 @@ struct AttentionCase {
   std::vector<std::int32_t> offsets;
 };
 
-void check_attention(Fixture& f, const AttentionCase& a) {
-  CAPTURE(a.q_heads, a.kv_heads, a.head_dim, a.window, a.offsets);
+// gap: unused elements after the rows, several times that after some.
+void check_attention(Fixture& f, const AttentionCase& a, std::int64_t gap = 1) {
+  CAPTURE(gap, a.q_heads, a.kv_heads, a.head_dim, a.window, a.offsets);
   const std::int64_t t = a.offsets.back(), q_cols = std::int64_t(a.q_heads) * a.head_dim,
                      kv_cols = std::int64_t(a.kv_heads) * a.head_dim;
   const AttentionShape shape{a.q_heads, a.kv_heads, a.head_dim, 1.5f / std::sqrt(float(a.head_dim)), a.window};
@@ -541,14 +519,14 @@ void check_attention(Fixture& f, const AttentionCase& a) {
   for (std::size_t s = 0; s + 1 < a.offsets.size(); ++s)
     segments.longest = std::max(segments.longest, a.offsets[s + 1] - a.offsets[s]);
   // q, k and v as the model has them: slices of one matrix.
-  Operand qkv = f.make(t, q_cols + 2 * kv_cols, 3), dqkv = f.make(t, q_cols + 2 * kv_cols, 1);
+  Operand qkv = f.make(t, q_cols + 2 * kv_cols, 3 * gap), dqkv = f.make(t, q_cols + 2 * kv_cols, gap);
   const auto slices = [&](const View& all) {
     return std::array<View, 3>{all.col_slice(0, q_cols), all.col_slice(q_cols, kv_cols),
                                all.col_slice(q_cols + kv_cols, kv_cols)};
   };
   const auto [q, k, v] = slices(qkv.view());
   const auto [dq, dk, dv] = slices(dqkv.view());
-  Operand out = f.make(t, q_cols, 2), log_sum = f.make_wide(t, a.q_heads, 1), dout = f.make(t, q_cols, 1);
+  Operand out = f.make(t, q_cols, 2 * gap), log_sum = f.make_wide(t, a.q_heads, 1), dout = f.make(t, q_cols, gap);
   f.device.attention(out.view(), log_sum.view(), q, k, v, segments, shape);
   const Matrix all = qkv.numbers(), mq = reference::columns(all, 0, q_cols),
                mk = reference::columns(all, q_cols, kv_cols), mv = reference::columns(all, q_cols + kv_cols, kv_cols);
@@ -578,6 +556,10 @@ TEST_CASE("attention and its backward", "[device]") {
   SECTION("sequences of several blocks") {
     const int window = GENERATE(0, 150);
     check_attention(f, {2, 1, 16, window, {0, 97, 450}});
+  }
+  SECTION("rows that tensor cores can take") {
+    const int head_dim = GENERATE(64, 128), window = GENERATE(0, 40);
+    check_attention(f, {4, 2, head_dim, window, {0, 1, 70, 70, 150}}, 8);
   }
   SECTION("one sequence, one token") { check_attention(f, {2, 2, 16, 0, {0, 1}}); }
   SECTION("nothing") { check_attention(f, {2, 2, 16, 0, {0}}); }

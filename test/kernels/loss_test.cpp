@@ -64,7 +64,7 @@ TEST_CASE("temperatures and weights", "[loss]") {
   chunk.check_against_reference();
 }
 
-TEST_CASE("a vocabulary of 151,936", "[loss]") {
+TEST_CASE("a vocabulary of 151,936", "[loss][host]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{64, TopkMode::tail});
   Chunk chunk(1, 151936, {DType::f32, DType::bf16, DType::f32});
@@ -76,7 +76,7 @@ TEST_CASE("a vocabulary of 151,936", "[loss]") {
   chunk.check_against_reference();
 }
 
-TEST_CASE("extreme logits give finite values and gradients", "[loss]") {
+TEST_CASE("extreme logits give finite values and gradients", "[loss][host]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{3, TopkMode::renormalize}, Cut{3, TopkMode::tail});
   const DType teacher_type = GENERATE(DType::f32, DType::bf16);
@@ -120,7 +120,7 @@ TEST_CASE("equal distributions have no distance and no gradient", "[loss]") {
   }
 }
 
-TEST_CASE("a divergence is never negative beyond rounding", "[loss]") {
+TEST_CASE("a divergence is never negative beyond rounding", "[loss][host]") {
   const Objective objective = any_objective();
   const Cut cut = any_cut();
   Chunk chunk(64, 500);
@@ -285,14 +285,14 @@ TEST_CASE("a scale of zero leaves a zero gradient and the terms", "[loss]") {
   chunk.check_against_reference(0);
 }
 
-TEST_CASE("a label outside the vocabulary is named", "[loss]") {
+TEST_CASE("a label outside the vocabulary is named", "[loss][host]") {
   Chunk chunk(2, 10);
   chunk.randomise(8);
   chunk.labels[1] = 10;
   CHECK_THROWS_WITH(chunk.run(), "distill_loss: label 10 of position 1 is not in the vocabulary of 10");
 }
 
-TEST_CASE("every instruction set of this machine gives the textbook's numbers", "[loss]") {
+TEST_CASE("every instruction set of this machine gives the textbook's numbers", "[loss][host]") {
   const Objective objective = any_objective();
   const Cut cut = any_cut();
   const std::int64_t all = hwy::SupportedTargets();
@@ -366,7 +366,7 @@ Chunk plain_chunk(Objective objective, Cut cut) {
   return chunk;
 }
 
-TEST_CASE("the plain passes by eight threads equal the textbook", "[loss][team]") {
+TEST_CASE("the plain passes by eight threads equal the textbook", "[loss][team][host]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{5, TopkMode::renormalize}, Cut{5, TopkMode::tail});
   Chunk chunk = plain_chunk(objective, cut);
@@ -390,7 +390,7 @@ class RankTeam : public ThreadTeam {
   int lanes() const { return 1; }
 };
 
-TEST_CASE("the plain passes over a cut vocabulary equal the whole", "[loss][team]") {
+TEST_CASE("the plain passes over a cut vocabulary equal the whole", "[loss][team][host]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{5, TopkMode::renormalize}, Cut{5, TopkMode::tail});
   Chunk chunk = plain_chunk(objective, cut);

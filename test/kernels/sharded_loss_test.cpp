@@ -34,9 +34,9 @@ void run_cut(Chunk& chunk, const Begins& begins, float scale = 1, int threads = 
     LossScratch scratch;
     // A second call finds what the first left in the scratch memory, of which f64 has none.
     for (int call = chunk.student.view().dtype == DType::f64; call < 2; ++call)
-      distill_loss_cpu(chunk.dlogits.view().col_slice(first, columns), terms[rank].view(),
-                       chunk.student.view().col_slice(first, columns), teacher, labels, chunk.spec, scale, threads,
-                       scratch, {first, &group});
+      loss_under_test(chunk.dlogits.view().col_slice(first, columns), terms[rank].view(),
+                      chunk.student.view().col_slice(first, columns), teacher, labels, chunk.spec, scale, threads,
+                      scratch, {first, &group});
   });
   for (const Matrix& t : terms) CHECK(t.bytes() == terms[0].bytes());
   for (std::int64_t r = 0; r < rows; ++r)

@@ -1,4 +1,4 @@
-// Logits of a few positions, what the CPU's loss makes of them, and the comparison with the textbook.
+// Logits of a few positions, what the loss of the backend under test makes of them, and the comparison with the textbook.
 #pragma once
 
 #include <algorithm>
@@ -61,6 +61,11 @@ class Matrix {
   View view_;
 };
 
+// Device::distill_loss of the backend that this program is linked with, on operands in host memory.
+void loss_under_test(View dlogits, View terms, const ConstView& student, const ConstView& teacher,
+                     const ConstView& labels, const LossSpec& spec, float scale, int threads, LossScratch& scratch,
+                     const VocabularyShard& shard = {});
+
 struct Types {
   DType student = DType::f32, teacher = DType::f32, gradient = DType::f32;
 };
@@ -98,8 +103,8 @@ struct Chunk {
 
   void run(float scale = 1, int threads = 1) {
     const ConstView label_view(labels.data(), 1, std::int64_t(labels.size()), std::int64_t(labels.size()), DType::i32);
-    distill_loss_cpu(dlogits.view(), terms.view(), student.view(), has_teacher ? teacher.view() : ConstView(),
-                     label_view, spec, scale, threads, scratch);
+    loss_under_test(dlogits.view(), terms.view(), student.view(), has_teacher ? teacher.view() : ConstView(),
+                    label_view, spec, scale, threads, scratch);
   }
 
   // Compares every term and every gradient; the tolerances are relative for f32 and come from the type below it.
