@@ -25,6 +25,7 @@ class CudaDevice final : public Device {
   void upload(View to, const void* host) override;
   void download(void* host, const ConstView& from) override;
   void synchronize() override;
+  void* native_stream() const override { return stream_.get(); }
 
  private:
   void do_zero(View x) override;

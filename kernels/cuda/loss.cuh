@@ -397,13 +397,9 @@ class Loss {
     launch(absorb_kernel<Pass, S>, per_thread(), call_.stream, arguments_.positions, arguments_.statistics, rows_, p);
   }
 
-  // A few numbers a position, through the host.
+  // A few numbers a position.
   void reduce_over_ranks(int width, Reduce reduce) {
-    host_.resize(std::size_t(rows_ * width));
-    const std::size_t bytes = host_.size() * sizeof(S);
-    call_.staging.download(host_.data(), arguments_.statistics, bytes, call_.stream);
-    call_.group->all_reduce(View(host_.data(), 1, std::int64_t(host_.size()), dtype_of<S>), reduce);
-    call_.staging.upload(arguments_.statistics, host_.data(), bytes, call_.stream);
+    call_.group->all_reduce(View(arguments_.statistics, 1, rows_ * width, dtype_of<S>), reduce);
   }
 
   Grid per_row() const { return Grid(as_blocks(rows_), threads_); }
@@ -414,7 +410,6 @@ class Loss {
   unsigned threads_;
   GradientRow<S> gradient_;
   LossArguments<S, T> arguments_{};
-  std::vector<S> host_;
 };
 
 template <class S, class T>
