@@ -90,7 +90,8 @@ class Opening {
       if (auto source = open_gpu_source(pair_, teacher, shape_, device_, obstacle_)) return source;
       say_obstacle();
     }
-    auto source = by_messages_ ? open_message_source(pair_, teacher, shape_) : open_shared_source(pair_, teacher, shape_);
+    auto source =
+        by_messages_ ? open_message_source(pair_, teacher, shape_) : open_shared_source(pair_, teacher, shape_);
     if (!is_gpu_) return source;
     return std::make_unique<StagedSource>(device_, std::move(source), shape_.positions, shape_.columns, shape_.dtype);
   }

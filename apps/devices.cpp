@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <iomanip>
+#include <set>
 #include <sstream>
+#include <utility>
 
 #include "core/group_on_device.h"
 #include "kernels/backends.h"
+#include "parallel/parallel.h"
 
 namespace distill {
 
@@ -68,8 +71,8 @@ std::vector<int> choose_gpus(const Config& config, const Grid& grid, const std::
     if (!problem.empty()) problem = text("rank ", rank, ": ", problem);
     const bool has_mapping = !worker_of(config, grid.places[rank].role).device_mapping.empty();
     if (problem.empty())
-      problem = has_mapping ? mapped(config, grid, sights, rank, gpus[rank])
-                            : shared_out(grid, sights, rank, gpus[rank]);
+      problem =
+          has_mapping ? mapped(config, grid, sights, rank, gpus[rank]) : shared_out(grid, sights, rank, gpus[rank]);
     if (problem.empty()) continue;
     if (config.device == DeviceChoice::automatic) return {};
     fail_input("device: cuda: ", problem);
@@ -133,10 +136,36 @@ std::unique_ptr<Device> make_device(const RunDevices& devices, int rank, int thr
   return devices.are_gpus() ? make_cuda_device(devices.gpus[std::size_t(rank)]) : make_cpu_device(threads);
 }
 
+namespace {
+
+// NCCL takes no two ranks of a group on one GPU.
+bool have_gpus_of_their_own(const Communicator& group, const RunDevices& devices) {
+  std::set<std::pair<int, std::string>> taken;
+  for (const Member& member : group.members()) {
+    const std::size_t rank = std::size_t(member.world_rank);
+    const RankSight& sight = devices.sights[rank];
+    taken.emplace(sight.node, sight.gpus.visible[std::size_t(devices.gpus[rank])].bus_id);
+  }
+  return int(taken.size()) == group.size();
+}
+
+}  // namespace
+
 void move_to_device(Groups& groups, Device& device, const RunDevices& devices) {
   if (!devices.are_gpus()) return;
-  for (auto* group : {&groups.tp, &groups.dp, &groups.pp_forward, &groups.pp_backward, &groups.kv, &groups.tied})
-    if (*group) *group = std::make_unique<StagedGroup>(device, std::move(*group));
+  const auto move = [&](std::unique_ptr<Communicator>& group, GpuTraffic traffic) {
+    if (!group) return;
+    if (group->size() > 1 && have_gpus_of_their_own(*group, devices))
+      group = make_gpu_group(device, std::move(group), traffic);
+    else
+      group = std::make_unique<StagedGroup>(device, std::move(group));
+  };
+  move(groups.tp, GpuTraffic::collectives);
+  move(groups.dp, GpuTraffic::collectives);
+  move(groups.pp_forward, GpuTraffic::upward);
+  move(groups.pp_backward, GpuTraffic::downward);
+  move(groups.kv, GpuTraffic::collectives);
+  move(groups.tied, GpuTraffic::collectives);
 }
 
 }  // namespace distill

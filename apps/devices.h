@@ -27,8 +27,8 @@ std::vector<int> choose_gpus(const Config& config, const Grid& grid, const std::
 
 // The devices of the ranks of a run.
 struct RunDevices {
-  std::vector<int> gpus;           // choose_gpus
-  std::vector<RankSight> sights;   // by rank; empty where nobody had to look
+  std::vector<int> gpus;          // choose_gpus
+  std::vector<RankSight> sights;  // by rank; empty where nobody had to look
 
   bool are_gpus() const { return !gpus.empty(); }
 };

@@ -116,6 +116,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
   // The devices of other ranks than these are not known here.
   const RunDevices devices = command.ranks > 0 ? RunDevices{} : find_devices(plan->config, plan->grid, world);
   if (command.ranks == 0) say(describe(devices, plan->grid, world));
+  if (devices.are_gpus()) mpi.watch_ranks(world.patience().peer_dead_after);
   if (command.command == Command::check) {
     say("check: all good");
     return ExitCode::ok;

@@ -11,6 +11,7 @@
 #include "apps/channel.h"
 #include "apps/flops.h"
 #include "apps/signals.h"
+#include "core/out_of_memory.h"
 #include "core/train/teacher.h"
 #include "core/train/time_report.h"
 #include "core/train/trainer.h"
@@ -102,7 +103,8 @@ void run_long(Communicator& group, const std::function<void()>& work) {
 
 }  // namespace
 
-ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads, Clock::time_point started, const Say& say) {
+ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads,
+                 Clock::time_point started, const Say& say) {
   Communicator& world = mpi.world();
   const Config& config = plan.config;
   const Place& place = plan.grid.places[std::size_t(world.rank())];
@@ -129,13 +131,16 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   std::optional<StudentSide> student;
   std::optional<TeacherSide> teacher;
   run_long(world, [&] {
-    if (studies) student.emplace(*device, plan, sizes, place, groups);
-    if (teaches) teacher.emplace(*device, plan, sizes, place, *groups.tp);
+    if (studies) with_memory_for("the student's model", [&] { student.emplace(*device, plan, sizes, place, groups); });
+    if (teaches)
+      with_memory_for("the teacher's model", [&] { teacher.emplace(*device, plan, sizes, place, *groups.tp); });
   });
   const Payload payload = decide_payload(plan, *device, world, say);
   std::optional<Channel> channel;
   world.run_together([&] {
-    channel.emplace(plan, payload, devices.are_gpus(), *device, place, groups, teacher ? &*teacher : nullptr);
+    with_memory_for("the logits channel", [&] {
+      channel.emplace(plan, payload, devices.are_gpus(), *device, place, groups, teacher ? &*teacher : nullptr);
+    });
   });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   CheckpointFolder checkpoints(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),

@@ -15,6 +15,7 @@ using Clock = std::chrono::steady_clock;
 // saving. What keeps the run from starting, and what stops all students at once, is a CommonError: on every rank where
 // it keeps the run from starting, else on every student, and then the teachers return.
 // max_time counts from `started`.
-ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads, Clock::time_point started, const Say& say);
+ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads,
+                 Clock::time_point started, const Say& say);
 
 }  // namespace distill

@@ -105,7 +105,8 @@ void Communicator::reduce_scatter(View mine, const ConstView& all, Reduce op) {
 std::unique_ptr<Pending> Communicator::start_reduce_scatter(View mine, const ConstView& all, Reduce op) {
   check_reduce_scatter(mine, all);
   return begin(
-      *this, mine.size(), [&] { return do_start_reduce_scatter(mine, all, op); }, [&] { do_reduce_scatter(mine, all, op); });
+      *this, mine.size(), [&] { return do_start_reduce_scatter(mine, all, op); },
+      [&] { do_reduce_scatter(mine, all, op); });
 }
 
 void Communicator::check_all_gather(const View& all, const ConstView& mine) const {

@@ -8,8 +8,8 @@
 namespace distill {
 
 struct Gpu {
-  std::string name;    // "NVIDIA H100 80GB HBM3"
-  std::string bus_id;  // "0000:1B:00.0": two processes that see the same bus id see the same GPU
+  std::string name;        // "NVIDIA H100 80GB HBM3"
+  std::string bus_id;      // "0000:1B:00.0": two processes that see the same bus id see the same GPU
   std::size_t memory = 0;  // bytes
 };
 

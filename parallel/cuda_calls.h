@@ -16,6 +16,17 @@ inline void check_call(cudaError_t result, const std::source_location& where = s
     fail(cudaGetErrorName(result), " (", cudaGetErrorString(result), ") at ", where.file_name(), ":", where.line());
 }
 
+inline cudaStream_t new_stream() {
+  cudaStream_t stream{};
+  check_call(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return stream;
+}
+inline cudaEvent_t new_event() {
+  cudaEvent_t event{};
+  check_call(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return event;
+}
+
 class Event {
  public:
   explicit Event(cudaEvent_t event) : event_(event) {}

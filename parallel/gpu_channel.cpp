@@ -124,8 +124,7 @@ class GpuRing final : public Ring, private Awaited {
 
 RingEnd ring_end(const ChannelEnd& end, Side side, Parts parts, Device& device) {
   const auto stream = static_cast<cudaStream_t>(device.native_stream());
-  return {std::make_unique<GpuRing>(end, side, std::move(parts), stream), end.shape, end.self, end.other,
-          end.patience};
+  return {std::make_unique<GpuRing>(end, side, std::move(parts), stream), end.shape, end.self, end.other, end.patience};
 }
 
 // Whether an error of getting or opening a handle means that this machine has no such way, and no more.
@@ -166,8 +165,8 @@ std::unique_ptr<LogitsSink> open_gpu_sink(Communicator& group, int student, cons
       return is_impossible + no;
     std::string handles;
     parts.mine = make_events(shape.slots, handles);
-    segment = std::make_shared<SharedSegment>(
-        SharedSegment::create(control_bytes(shape), "the words of the logits channel"));
+    segment =
+        std::make_shared<SharedSegment>(SharedSegment::create(control_bytes(shape), "the words of the logits channel"));
     start_channel(segment->data(), shape);
     end.memory = GroupMemory::Block(segment, segment->data());
     return is_possible + bytes_of(handle) + handles + segment->name();
@@ -202,8 +201,8 @@ std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher,
     const std::size_t name_at = events_at + std::size_t(shape.slots) * sizeof(cudaIpcEventHandle_t);
     check(offer.payload.size() > name_at, "the logits channel: the two ends disagree on the number of slots");
     void* memory = nullptr;
-    const cudaError_t result = cudaIpcOpenMemHandle(&memory, handle_at<cudaIpcMemHandle_t>(offer.payload, 1),
-                                                    cudaIpcMemLazyEnablePeerAccess);
+    const cudaError_t result =
+        cudaIpcOpenMemHandle(&memory, handle_at<cudaIpcMemHandle_t>(offer.payload, 1), cudaIpcMemLazyEnablePeerAccess);
     if (const auto no = obstacle_of(result, "cudaIpcOpenMemHandle"); !no.empty()) return is_impossible + no;
     parts.opened.reset(memory);
     parts.theirs = open_events(shape.slots, offer.payload, events_at);

@@ -138,6 +138,24 @@ void NodeLives::watch_nodes(std::chrono::milliseconds dead_after, Lost lost) {
   });
 }
 
+void NodeLives::watch_neighbours(std::chrono::milliseconds dead_after, Lost lost) {
+  neighbour_watcher_ = std::make_unique<SmallThread>([this, dead_after, lost = std::move(lost)](int stop) {
+    pollfd wake{stop, POLLIN, 0};
+    while (poll(&wake, 1, /*ms=*/100) <= 0)
+      if (const auto found = lost_neighbour(dead_after)) return lost(found->first, found->second);
+  });
+}
+
+// Silence alone: a rank that ends by an error says so itself, and whoever started it ends the others.
+std::optional<std::pair<int, std::string>> NodeLives::lost_neighbour(std::chrono::milliseconds dead_after) {
+  const std::lock_guard lock(mutex_);
+  for (auto& [rank, watch] : watches_) {
+    const std::string trouble = watch.trouble(dead_after);
+    if (watch.silent() >= dead_after) return std::pair(rank, trouble);
+  }
+  return std::nullopt;
+}
+
 std::string NodeLives::trouble(int world_rank, std::chrono::milliseconds dead_after) {
   const std::lock_guard lock(mutex_);
   if (const auto near = watches_.find(world_rank); near != watches_.end()) return near->second.trouble(dead_after);

@@ -119,6 +119,8 @@ class NodeLives final : public Lives {
   // been silent for dead_after it calls `lost`, once, with the lowest of them and what is wrong with it.
   using Lost = std::function<void(int world_rank, const std::string& trouble)>;
   void watch_nodes(std::chrono::milliseconds dead_after, Lost lost);
+  // The same for the ranks of this node that have been silent for so long.
+  void watch_neighbours(std::chrono::milliseconds dead_after, Lost lost);
   std::string trouble(int world_rank, std::chrono::milliseconds dead_after) override;
   // Whether a rank of another node was found silent. Any thread.
   bool has_lost_far() const { return has_lost_far_; }
@@ -139,6 +141,7 @@ class NodeLives final : public Lives {
   Silence::Duration silence_of(Far& far);
   std::string far_trouble(Far& far, std::chrono::milliseconds dead_after);
   std::optional<std::pair<int, std::string>> lost_node(std::chrono::milliseconds dead_after);
+  std::optional<std::pair<int, std::string>> lost_neighbour(std::chrono::milliseconds dead_after);
 
   std::shared_ptr<std::byte> signs_;
   std::size_t count_, mine_;
@@ -147,7 +150,7 @@ class NodeLives final : public Lives {
   std::map<int, PeerWatch> watches_;
   std::map<int, Far> far_;
   std::atomic<bool> has_lost_far_ = false;
-  std::unique_ptr<SmallThread> watcher_;  // last: it uses all others
+  std::unique_ptr<SmallThread> watcher_, neighbour_watcher_;  // last: they use all others
 };
 
 }  // namespace distill

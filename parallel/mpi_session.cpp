@@ -479,6 +479,15 @@ void MpiSession::watch_nodes(std::chrono::milliseconds dead_after) {
   });
 }
 
+void MpiSession::watch_ranks(std::chrono::milliseconds dead_after) {
+  if (!state_->node->lives) return;
+  state_->node->lives->watch_neighbours(dead_after, [this](int rank, const std::string& trouble) {
+    std::cerr << text("distill: ", name_of(me()), ": ", name_of(state_->members[std::size_t(rank)]), " ", trouble, "\n")
+              << std::flush;
+    abort_all(int(ExitCode::peer_lost));
+  });
+}
+
 std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t longest_message) {
   check(longest_message > 0 && longest_message <= std::size_t(INT_MAX), "messages of ", longest_message, " bytes");
   const bool is_extra = state_->world != nullptr;  // the world itself uses messages only where it must

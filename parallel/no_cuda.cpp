@@ -3,7 +3,8 @@
 
 namespace distill {
 
-std::unique_ptr<TeacherSource> open_gpu_source(Communicator&, int, const ChannelShape&, Device&, std::string& obstacle) {
+std::unique_ptr<TeacherSource> open_gpu_source(Communicator&, int, const ChannelShape&, Device&,
+                                               std::string& obstacle) {
   obstacle = "this program was built without CUDA";
   return nullptr;
 }

@@ -36,6 +36,9 @@ class MpiSession {
   // From now on the loss of another node, silent for dead_after, ends this run with code peer_lost and one message a
   // node, also while no rank waits.
   void watch_nodes(std::chrono::milliseconds dead_after);
+  // From now on a rank of this node that is silent for dead_after does so, too: for runs whose ranks wait for each other
+  // in ways that this folder does not see, on a GPU.
+  void watch_ranks(std::chrono::milliseconds dead_after);
   // A group of all ranks that uses messages even within a node, none longer than longest_message bytes.
   std::unique_ptr<Communicator> messages(std::string name, std::size_t longest_message = std::size_t(1) << 30);
   // Ends all ranks now with this exit code.
@@ -73,6 +76,13 @@ struct ChannelShape {
   DType dtype = DType::f32;
   int slots = 4;
 };
+
+// What travels in a group on GPUs: collectives, or tensors from each rank to the next, or to the one before.
+enum class GpuTraffic { collectives, upward, downward };
+// NCCL over a group whose ranks have a GPU each. All of them call it. Operations are put on streams of their own, ordered
+// with the device's by events, and block no host; small things go through `host`. Maxima and minima need not keep NaN.
+// Where this program was built without NCCL, a StagedGroup.
+std::unique_ptr<Communicator> make_gpu_group(Device& device, std::unique_ptr<Communicator> host, GpuTraffic traffic);
 
 // Shared memory of a group of ranks of one node: of the world of a run on one node, or of a channel by messages between
 // two of them.

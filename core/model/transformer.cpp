@@ -3,6 +3,8 @@
 #include <cmath>
 #include <numbers>
 
+#include "core/out_of_memory.h"
+
 namespace distill {
 
 namespace {
@@ -51,10 +53,11 @@ Transformer::Transformer(Device& device, const ModelSpec& spec, DType dtype, con
       table_(param_table(spec, part_, place.bucket_parts)) {
   check(part_.tp_size == tp_.size() && part_.tp_rank == tp_.rank(), "a part of tensor-parallel rank ", part_.tp_rank,
         " of ", part_.tp_size, " in a group of rank ", tp_.rank(), " of ", tp_.size());
-  values_ = device.tensor(1, table_.storage_size(), dtype);
+  values_ = with_memory_for("its parameters", [&] { return device.tensor(1, table_.storage_size(), dtype); });
   device.zero(values_.view());
   if (limits.trains) {
-    gradients_ = device.tensor(1, table_.storage_size(), wide_type(dtype));
+    gradients_ = with_memory_for(
+        "its gradients", [&] { return device.tensor(1, table_.storage_size(), wide_type(dtype)); });
     device.zero(gradients_.view());
     dparams_ = model_params(gradients_.view());
   }
@@ -63,7 +66,7 @@ Transformer::Transformer(Device& device, const ModelSpec& spec, DType dtype, con
   Arena measure = Arena::measuring();
   Workspace dry;
   plan(dry, measure);
-  arena_ = Arena(device, measure.used());
+  arena_ = with_memory_for("its activations", [&] { return Arena(device, measure.used()); });
   plan(work_, arena_);
 }
 

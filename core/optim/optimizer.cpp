@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "core/out_of_memory.h"
+
 namespace distill {
 
 namespace {
@@ -34,7 +36,7 @@ Optimizer::Optimizer(Device& device, const ParamTable& table, View values, const
   std::int64_t owned = 0;
   for (const Range& range : share.owned) owned += range.size;
   const auto state = [&] {
-    Tensor t = device.tensor(1, owned, wide);
+    Tensor t = with_memory_for("AdamW's state", [&] { return device.tensor(1, owned, wide); });
     device.zero(t.view());
     return t;
   };

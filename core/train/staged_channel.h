@@ -1,4 +1,5 @@
-// The ends of a logits channel whose slots lie in host memory, for a device that has memory of its own: a copy each way.
+// The ends of a logits channel whose slots lie in host memory, for a device that has memory of its own: a copy each
+// way.
 #pragma once
 
 #include <memory>

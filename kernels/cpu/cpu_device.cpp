@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/out_of_memory.h"
 #include "kernels/backends.h"
 
 namespace distill {
@@ -27,7 +28,7 @@ double CpuDevice::peak_memory() const {
 Buffer CpuDevice::allocate(std::size_t bytes) {
   const std::size_t rounded = (bytes + 63) / 64 * 64 + 64;
   void* memory = std::aligned_alloc(64, rounded);
-  check(memory != nullptr, "out of memory: ", bytes, " bytes asked for");
+  if (!memory) throw OutOfMemory(text("out of memory: ", bytes, " bytes asked for"));
   return Buffer(memory, [](void* p) { std::free(p); });
 }
 

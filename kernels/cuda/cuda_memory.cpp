@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/out_of_memory.h"
+
 namespace distill::cuda {
 
 Stream make_stream() {
@@ -32,7 +34,8 @@ Buffer allocate(const std::shared_ptr<MemoryUse>& use, std::size_t bytes, const 
     cudaGetLastError();  // the next launch must not find it
     std::size_t available = 0, total = 0;
     cuda_check(cudaMemGetInfo(&available, &total));
-    fail(device, ": out of memory: ", bytes, " bytes asked for, ", available, " of ", total, " free");
+    throw OutOfMemory(
+        text(device, ": out of memory: ", bytes, " bytes asked for, ", available, " of ", total, " free"));
   }
   cuda_check(result);
   use->add(size);

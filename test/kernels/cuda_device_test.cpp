@@ -61,7 +61,7 @@ TEST_CASE("peak memory is what was in use at most", "[cuda]") {
 TEST_CASE("memory that is not there: how much was asked for, how much there is", "[cuda]") {
   const auto device = device_with(64 * mib);
   const Error error = test::error_of([&] { device->allocate(100 * mib); });
-  CHECK(error.code() == ExitCode::internal);
+  CHECK(error.code() == ExitCode::bad_input);
   CHECK(begins_with(error.what(), "cuda:0: out of memory: 104857600 bytes asked for, "));
   CHECK(std::string(error.what()).find(" of 67108864 free") != std::string::npos);
   // The failure is not found again by what comes next.

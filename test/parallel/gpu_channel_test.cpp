@@ -1,0 +1,177 @@
+// The logits channel in GPU memory, between two processes on the virtual GPU, which delays what no event orders. Rank 0
+// is the student, rank 1 the teacher.
+#include <driver_types.h>
+
+#include <catch2/catch.hpp>
+#include <vector>
+
+#include "core/train/micro_batch.h"
+#include "kernels/backends.h"
+#include "test/support/channel_script.h"
+#include "test/support/mpi_main.h"
+#include "test/support/refusal.h"
+#include "virtual_gpu/virtual_gpu.h"
+
+using namespace distill;
+using namespace distill::test;
+using Catch::Contains;
+
+namespace {
+
+struct Bench {
+  Communicator& world = test_session().world();
+  std::unique_ptr<Device> device;
+  std::unique_ptr<TeacherSource> source;
+  std::unique_ptr<LogitsSink> sink;
+  std::string obstacle;
+
+  // Each rank on the GPU of its number, or both on the first one.
+  Bench(bool shares_gpu, virtual_gpu::Options options = virtual_gpu::options_from_environment()) {
+    options.memory = std::size_t{64} << 20;
+    virtual_gpu::restart(options);
+    device = make_cuda_device(shares_gpu ? 0 : world.rank());
+  }
+  bool is_student() const { return world.rank() == 0; }
+  void open(const ChannelShape& of = shape) {
+    is_student() ? void(source = open_gpu_source(world, 1, of, *device, obstacle))
+                 : void(sink = open_gpu_sink(world, 0, of, *device, obstacle));
+  }
+  bool is_open() const { return source || sink; }
+};
+
+// What the teacher writes by a kernel: another pattern for every chunk.
+void fill(Device& device, View chunk, std::int64_t number) {
+  device.fill_normal(chunk, 5, std::uint64_t(number), 0, 1);
+}
+
+// Copies that the program has asked for so far.
+std::uint64_t copies() {
+  std::uint64_t count = 0;
+  for (const char* name :
+       {"cudaMemcpy", "cudaMemcpyAsync", "cudaMemcpy2D", "cudaMemcpy2DAsync", "cudaMemcpyPeer", "cudaMemcpyPeerAsync"})
+    count += virtual_gpu::calls(name);
+  return count;
+}
+
+// Calls body(number, positions) for every chunk of some micro-batches; returns the positions of all.
+template <class End, class Body>
+std::int64_t for_chunks(End& end, const Body& body) {
+  std::int64_t number = 0, positions = 0;
+  for (int b = 0; b < 12; ++b) {
+    const MicroBatch data = batch(b);
+    end.begin(data);
+    for (const std::int64_t n : chunks_of(data)) {
+      body(number++, n);
+      positions += n;
+    }
+  }
+  return positions;
+}
+
+}  // namespace
+
+TEST_CASE("kernels read the teacher's logits where it wrote them", "[mpi]") {
+  const bool shares_gpu = GENERATE(false, true);
+  const std::uint64_t seed = GENERATE(1, 2, 3);
+  CAPTURE(shares_gpu, seed);
+  virtual_gpu::Options options = virtual_gpu::options_from_environment();
+  options.seed = seed;
+  Bench bench(shares_gpu, options);
+  bench.open();
+  INFO(bench.obstacle);
+  REQUIRE(bench.is_open());
+  Device& device = *bench.device;
+  constexpr std::int64_t most = 64;
+  Tensor sums = device.tensor(1, most, DType::f64), expected = device.tensor(1, most, DType::f64),
+         own = device.tensor(shape.positions, shape.columns, shape.dtype);
+  device.zero(sums.view());
+  device.zero(expected.view());
+  device.synchronize();
+  const std::uint64_t before = copies();
+  if (!bench.is_student()) {
+    for_chunks(*bench.sink, [&](std::int64_t number, std::int64_t n) {
+      fill(device, bench.sink->acquire(n), number);
+      bench.sink->publish();
+    });
+  } else {
+    const std::int64_t positions = for_chunks(*bench.source, [&](std::int64_t number, std::int64_t n) {
+      const ConstView logits = bench.source->acquire(n);
+      device.sum_of_squares(sums.view().col_slice(number, 1), logits);
+      bench.source->release();
+      fill(device, own.view().row_slice(0, n), number);
+      device.sum_of_squares(expected.view().col_slice(number, 1), own.view().row_slice(0, n));
+    });
+    CHECK(positions > 100);
+    // Width of the shard × 2 bytes a position, and nothing was copied on the way.
+    CHECK(bench.source->bytes_moved() == positions * shape.columns * 2);
+    std::vector<double> found(most), wanted(most);
+    const std::uint64_t so_far = copies();
+    CHECK(so_far == before);
+    device.download(found.data(), sums.view());
+    device.download(wanted.data(), expected.view());
+    CHECK(found == wanted);
+    CHECK(wanted[0] > 0);
+  }
+  bench.world.barrier();
+  if (!bench.is_student()) CHECK(copies() == before);
+  bench.source.reset();  // the teacher waits for it
+  bench.sink.reset();
+  bench.device.reset();
+  for (const virtual_gpu::Report& report : virtual_gpu::take_reports()) FAIL_CHECK(report.kind + ": " + report.text);
+}
+
+TEST_CASE("GPUs that do not reach each other: both ends know, and why", "[mpi]") {
+  virtual_gpu::Options options = virtual_gpu::options_from_environment();
+  options.peer_access = false;
+  {
+    Bench apart(/*shares_gpu=*/false, options);
+    apart.open();
+    CHECK_FALSE(apart.is_open());
+    CHECK_THAT(apart.obstacle, Contains("cudaIpcOpenMemHandle: peer access is not supported"));
+  }
+  Bench together(/*shares_gpu=*/true, options);
+  together.open();
+  CHECK(together.is_open());
+  together.source.reset();
+}
+
+TEST_CASE("a call that fails while the channel is opened is the same error on both sides", "[mpi]") {
+  const std::string call = GENERATE("cudaIpcGetMemHandle", "cudaIpcGetEventHandle", "cudaIpcOpenEventHandle",
+                                    "cudaIpcOpenMemHandle", "cudaMalloc");
+  CAPTURE(call);
+  Bench bench(/*shares_gpu=*/false);
+  const bool is_students = call == "cudaIpcOpenMemHandle";
+  if (bench.is_student() == is_students) virtual_gpu::fail(call, 1, cudaErrorInvalidValue);
+  const Error error = error_of([&] { bench.open(); });
+  CHECK(error.code() == ExitCode::internal);
+  CHECK_THAT(error.what(), Contains("cudaErrorInvalidValue"));
+  bench.world.barrier();
+}
+
+TEST_CASE("the two ends must agree on the shape", "[mpi]") {
+  Bench bench(/*shares_gpu=*/true);
+  ChannelShape mine = shape;
+  mine.columns += bench.is_student();
+  const Error error = error_of([&] { bench.open(mine); });
+  CHECK_THAT(error.what(), Contains("the logits channel between") && Contains("on the other"));
+  bench.world.barrier();
+}
+
+TEST_CASE("a teacher whose student has left gets no more slots", "[mpi]") {
+  Bench bench(/*shares_gpu=*/false);
+  bench.open();
+  if (bench.is_student()) {
+    bench.source.reset();
+  } else {
+    bench.sink->begin(batch(3));
+    int taken = 0;
+    for (View slot = bench.sink->acquire(1); slot.data && taken < 1000; slot = bench.sink->acquire(1)) {
+      bench.sink->publish();
+      bench.sink->begin(batch(3));
+      ++taken;
+    }
+    CHECK(taken <= shape.slots);
+    bench.sink.reset();
+  }
+  bench.world.barrier();
+}
