@@ -421,14 +421,14 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 using std::max;
 using std::min;
 template <class A, class B>
-  requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> && std::is_arithmetic_v<B>)
-constexpr std::common_type_t<A, B> max(A a, B b) {
+requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> &&
+         std::is_arithmetic_v<B>) constexpr std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
   return std::max(static_cast<T>(a), static_cast<T>(b));
 }
 template <class A, class B>
-  requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> && std::is_arithmetic_v<B>)
-constexpr std::common_type_t<A, B> min(A a, B b) {
+requires(!std::is_same_v<A, B> && std::is_arithmetic_v<A> &&
+         std::is_arithmetic_v<B>) constexpr std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
   return std::min(static_cast<T>(a), static_cast<T>(b));
 }

@@ -1,5 +1,5 @@
-// Runs a kernel block after block: one fiber for each CUDA thread that waits, so a kernel without barriers needs a single
-// one. A thread runs until it meets a barrier or other lanes; then the next does.
+// Runs a kernel block after block: one fiber for each CUDA thread that waits, so a kernel without barriers needs a
+// single one. A thread runs until it meets a barrier or other lanes; then the next does.
 #include <sys/mman.h>
 
 #include <array>
@@ -210,8 +210,8 @@ void finish(Thread& thread) {
   if (thread.last != nullptr) thread.last->readers &= ~(1u << lane);
   for (const Meeting* meeting : e.meetings[static_cast<std::size_t>(thread.number / 32)])
     if (meeting->arrived != meeting->mask && (meeting->mask >> lane & 1))
-      fault("divergent warp", join("lane ", lane, " has left the kernel, others wait for it in ", meeting->operation, " at ",
-                                   shown(meeting->site)));
+      fault("divergent warp", join("lane ", lane, " has left the kernel, others wait for it in ", meeting->operation,
+                                   " at ", shown(meeting->site)));
   if (!thread.copies.empty())
     fault("copy not waited for", "copy_async_16 at " + shown(thread.copies.front().site) + " was never waited for");
   thread.status = Status::done;
@@ -226,11 +226,13 @@ void finish(Thread& thread) {
     while (Thread* thread = take_fresh()) {
       thread->fiber = self;
       make_current(*thread);
+      races_look(true);
       try {
         e.body->run(e.body->bound.get());
       } catch (const std::exception& error) {
         fault("exception", join("a kernel threw: ", error.what()));
       }
+      races_look(false);
       finish(*thread);
     }
     e.idle.push_back(self);
@@ -256,7 +258,8 @@ Meeting* new_meeting() {
   Executor& e = executor();
   char* place = e.stacks + stacks_bytes + e.meetings_used;
   e.meetings_used += sizeof(Meeting);
-  if (stacks_bytes + e.meetings_used > own_bytes) fault("too many masks", "the lanes of a warp meet under too many masks");
+  if (stacks_bytes + e.meetings_used > own_bytes)
+    fault("too many masks", "the lanes of a warp meet under too many masks");
   return new (place) Meeting;
 }
 
@@ -268,7 +271,8 @@ std::string who_waits() {
     if (t.status == Status::done)
       ++places["have left the kernel"];
     else
-      ++places[join(t.status == Status::at_barrier ? "wait at the barrier " : "wait for lanes of their warp at ", shown(t.site))];
+      ++places[join(t.status == Status::at_barrier ? "wait at the barrier " : "wait for lanes of their warp at ",
+                    shown(t.site))];
   }
   std::string text = join("of ", e.total, " threads of block ", blockIdx.x, ",", blockIdx.y, ",", blockIdx.z);
   for (const auto& [what, count] : places) text += join(", ", count, " ", what);
@@ -326,16 +330,14 @@ char* place_shared(std::size_t bytes, const char* name) {
 
 bool is_launchable(const void* kernel) { return kernels().count(kernel) != 0; }
 
-Body bind_arguments(const void* kernel, void** arguments) {
-  return kernels().at(kernel)(kernel, arguments);
-}
+Body bind_arguments(const void* kernel, void** arguments) { return kernels().at(kernel)(kernel, arguments); }
 
 void make_launchable(const void* kernel, Bind bind) {
   const std::lock_guard held(lock);
   kernels()[kernel] = bind;
 }
 
-bool inside_kernel() { return executor().running != nullptr; }
+bool inside_kernel() { return executor().running != nullptr && executor().current != &executor().main; }
 
 void fault(const std::string& kind, const std::string& text) {
   Executor& e = executor();
@@ -351,8 +353,8 @@ cudaError_t execute(const LaunchShape& shape, const Body& body) {
   Executor& e = executor();
   constexpr std::size_t room = shared_bytes + 64 * shared_gap;
   if (e.shared == nullptr) {
-    e.stacks = static_cast<char*>(mmap(nullptr, own_bytes, PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    e.stacks = static_cast<char*>(
+        mmap(nullptr, own_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (e.stacks == MAP_FAILED) std::perror("virtual GPU: stacks"), std::abort();
     e.shared = static_cast<char*>(std::aligned_alloc(page, (room + page - 1) / page * page));
   }
@@ -375,17 +377,20 @@ cudaError_t execute(const LaunchShape& shape, const Body& body) {
   bool whole = true;
   for (std::uint64_t i = 0; whole && i < blocks; ++i) {
     const std::uint64_t n = blocks_backwards ? blocks - 1 - i : i;
-    whole = run_block(shape, {static_cast<unsigned>(n % shape.grid.x), static_cast<unsigned>(n / shape.grid.x % shape.grid.y),
-                              static_cast<unsigned>(n / shape.grid.x / shape.grid.y)});
+    whole = run_block(shape,
+                      {static_cast<unsigned>(n % shape.grid.x), static_cast<unsigned>(n / shape.grid.x % shape.grid.y),
+                       static_cast<unsigned>(n / shape.grid.x / shape.grid.y)});
   }
-  races_end_launch();
+  races_look(false);
   if (whole) return cudaSuccess;
-  return e.fault_kind == "illegal address" || e.fault_kind == "out of bounds" ? cudaErrorIllegalAddress : cudaErrorLaunchFailure;
+  return e.fault_kind == "illegal address" || e.fault_kind == "out of bounds" ? cudaErrorIllegalAddress
+                                                                              : cudaErrorLaunchFailure;
 }
 
 // --- what kernels call
 
 void* shared_array(const void* key, std::size_t bytes, const char* name) {
+  const Unobserved unobserved;
   Executor& e = executor();
   SharedArray* found = nullptr;
   for (auto& a : e.arrays)
@@ -406,18 +411,21 @@ void* shared_array(const void* key, std::size_t bytes, const char* name) {
 }
 
 void* dynamic_shared() {
+  const Unobserved unobserved;
   Executor& e = executor();
   if (e.dynamic_bytes == 0) fault("shared memory", "a kernel asks for dynamic shared memory, its launch gave none");
   return e.shared;
 }
 
 int block_barrier(Vote vote, bool value, Site site) {
+  const Unobserved unobserved;
   Executor& e = executor();
   Thread& me = *e.running;
   if (e.arrived == 0)
     e.barrier = site, e.votes = 0;
   else if (!same(e.barrier, site))
-    fault("divergent barrier", join("threads of one block wait at different barriers: ", shown(e.barrier), " and ", shown(site)));
+    fault("divergent barrier",
+          join("threads of one block wait at different barriers: ", shown(e.barrier), " and ", shown(site)));
   e.votes += value;
   if (++e.arrived < e.total) {
     wait_as(me, Status::at_barrier, site);
@@ -444,7 +452,9 @@ int block_barrier(Vote vote, bool value, Site site) {
   return 0;
 }
 
-const Left* warp_meet(unsigned mask, const char* operation, const void* data, std::size_t bytes, Orders orders, Site site) {
+const Left* warp_meet(unsigned mask, const char* operation, const void* data, std::size_t bytes, Orders orders,
+                      Site site) {
+  const Unobserved unobserved;
   Executor& e = executor();
   Thread& me = *e.running;
   const unsigned my_bit = 1u << lane;
@@ -459,8 +469,8 @@ const Left* warp_meet(unsigned mask, const char* operation, const void* data, st
       if (m->mask == mask)
         meeting = m;
       else if (m->mask & my_bit)
-        fault("divergent warp", join("lane ", lane, " is in ", operation, " at ", shown(site), " while others wait for it in ",
-                                     m->operation, " at ", shown(m->site)));
+        fault("divergent warp", join("lane ", lane, " is in ", operation, " at ", shown(site),
+                                     " while others wait for it in ", m->operation, " at ", shown(m->site)));
     } else if (m->readers == 0) {
       unused = m;
     }
@@ -479,9 +489,10 @@ const Left* warp_meet(unsigned mask, const char* operation, const void* data, st
         fault("bad mask", join(operation, " at ", shown(site), ": the mask names lane ", other,
                                first + other >= e.total ? ", which does not exist" : ", which has left the kernel"));
     }
-  } else if (std::strcmp(meeting->operation, operation) != 0 || (orders == Orders::nothing && !same(meeting->site, site))) {
-    fault("divergent warp", join("lanes of one mask are in ", operation, " at ", shown(site), " and in ", meeting->operation,
-                                 " at ", shown(meeting->site)));
+  } else if (std::strcmp(meeting->operation, operation) != 0 ||
+             (orders == Orders::nothing && !same(meeting->site, site))) {
+    fault("divergent warp", join("lanes of one mask are in ", operation, " at ", shown(site), " and in ",
+                                 meeting->operation, " at ", shown(meeting->site)));
   }
   if (bytes > 0) std::memcpy(meeting->left[static_cast<std::size_t>(lane)].bytes, data, bytes);
   meeting->arrived |= my_bit;
@@ -500,12 +511,18 @@ const Left* warp_meet(unsigned mask, const char* operation, const void* data, st
 }
 
 void bad_source_lane(int from, unsigned, const char* operation, Site site) {
-  fault("bad mask", join(operation, " at ", shown(site), " takes the value of lane ", from, ", which the mask does not name"));
+  const Unobserved unobserved;
+  fault("bad mask",
+        join(operation, " at ", shown(site), " takes the value of lane ", from, ", which the mask does not name"));
 }
 
-void trap(Site site) { fault("trap", "__trap at " + shown(site)); }
+void trap(Site site) {
+  const Unobserved unobserved;
+  fault("trap", "__trap at " + shown(site));
+}
 
 void copy_async_16(void* shared, const void* global, bool valid, Site site) {
+  const Unobserved unobserved;
   if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 ||
       (valid && reinterpret_cast<std::uintptr_t>(global) % 16 != 0))
     fault("misaligned address", "copy_async_16 at " + shown(site));
@@ -516,6 +533,7 @@ void copy_async_16(void* shared, const void* global, bool valid, Site site) {
 void copy_async_commit() { ++executor().running->groups_closed; }
 
 void copy_async_wait_for(int pending) {
+  const Unobserved unobserved;
   Thread& me = *executor().running;
   const int ready_before = me.groups_closed - pending;
   std::size_t done = 0;

@@ -184,7 +184,8 @@ TEST_CASE("atomics of all threads of all blocks") {
   CHECK(from_device(floats, 1)[0] == 30);
   CHECK(from_device(doubles, 1)[0] == 15);
   CHECK(from_device(longs, 1)[0] == 60ull << 33);
-  for (void* p : {static_cast<void*>(integers), static_cast<void*>(floats), static_cast<void*>(doubles), static_cast<void*>(longs)})
+  for (void* p : {static_cast<void*>(integers), static_cast<void*>(floats), static_cast<void*>(doubles),
+                  static_cast<void*>(longs)})
     cudaFree(p);
 }
 
@@ -246,11 +247,13 @@ TEST_CASE("a launch that CUDA would refuse says so at the caller's line") {
     }
     return std::string();
   };
-  CHECK_THAT(message(Grid(1, 1025)), Catch::Contains("cudaErrorInvalidConfiguration") && Catch::Contains("executor_test.cpp:"));
+  CHECK_THAT(message(Grid(1, 1025)),
+             Catch::Contains("cudaErrorInvalidConfiguration") && Catch::Contains("executor_test.cpp:"));
   cudaGetLastError();
   CHECK_THAT(message(Grid(1, 32, 49 << 10)), Catch::Contains("cudaErrorInvalidValue"));
   cudaGetLastError();
-  CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(&which), cudaFuncAttributeMaxDynamicSharedMemorySize, 49 << 10) == cudaSuccess);
+  CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(&which), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             49 << 10) == cudaSuccess);
   CHECK(message(Grid(1, 1, 49 << 10)).empty());
   CHECK(message(Grid(0, 32)).empty());
   cudaFree(out);

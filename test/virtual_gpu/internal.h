@@ -39,10 +39,10 @@ struct Allocation {
   int device;
   char* start;
   std::size_t bytes;
-  char* pages;             // the whole pages around it: guard bytes before and after
+  char* pages;  // the whole pages around it: guard bytes before and after
   std::size_t page_bytes;
-  bool ordered = false;    // by cudaMallocAsync
-  bool usable = false;     // cudaMallocAsync: only when the stream has come there
+  bool ordered = false;  // by cudaMallocAsync
+  bool usable = false;   // cudaMallocAsync: only when the stream has come there
   bool freed = false;
   bool exported = false;
   std::unique_ptr<std::uint64_t[]> words;  // race.cpp: who touched which two bytes, made when first needed
@@ -62,9 +62,10 @@ class Memory {
   Allocation* map_foreign(int fd, std::size_t pages_offset, std::size_t page_bytes, std::size_t inside,
                           std::size_t bytes, int device);
 
-  Allocation* find(const void* address);      // also freed ones; nullptr when the address is not ours
-  // The live allocation that contains all of [address, address + bytes), or nullptr.
-  Allocation* whole(const void* address, std::size_t bytes);
+  Allocation* find(const void* address);  // also freed ones; nullptr when the address is not ours
+  // The live allocation that contains all of [address, address + bytes), or nullptr; now: it may be used now, not only
+  // when the stream of its cudaMallocAsync has come there.
+  Allocation* whole(const void* address, std::size_t bytes, bool now = true);
   bool contains(const void* address) const {
     return static_cast<std::size_t>(static_cast<const char*>(address) - base_) < size_;
   }
@@ -82,9 +83,9 @@ class Memory {
 
   char* base_ = nullptr;
   std::size_t size_ = 0;
-  int key_ = -1;                        // protection key of device memory; -1: mprotect instead
-  std::vector<int> files_;              // of each device; shared with other processes through /proc/<pid>/fd
-  std::vector<std::size_t> next_;       // of each region; addresses are never used twice
+  int key_ = -1;                   // protection key of device memory; -1: mprotect instead
+  std::vector<int> files_;         // of each device; shared with other processes through /proc/<pid>/fd
+  std::vector<std::size_t> next_;  // of each region; addresses are never used twice
   std::vector<std::size_t> used_;
   std::uint32_t* page_owner_ = nullptr;  // index + 1 into all_
   std::vector<std::unique_ptr<Allocation>> all_;
@@ -101,7 +102,7 @@ struct Operation {
   const char* name;
   std::function<bool()> run;  // true when done; false: waits for somebody else, ask again
   std::vector<Point> after;
-  bool unlocked = false;      // host code that may take its own locks
+  bool unlocked = false;  // host code that may take its own locks
 };
 struct Stream {
   std::uint64_t number = 0;  // order of creation
@@ -139,17 +140,17 @@ struct State {
   Options options;
   Memory memory;
   std::mt19937_64 random;
-  std::vector<std::shared_ptr<Stream>> default_streams;           // one a device
-  std::set<std::shared_ptr<Stream>> streams;                      // all with work or a handle
+  std::vector<std::shared_ptr<Stream>> default_streams;  // one a device
+  std::set<std::shared_ptr<Stream>> streams;             // all with work or a handle
   std::map<Event*, std::unique_ptr<Event>> events;
   std::map<const void*, std::pair<void*, std::size_t>> registered;  // cudaHostRegister
-  std::set<std::pair<int, int>> peers;                            // (from, to) enabled
-  std::map<const void*, int> shared_limits;                       // cudaFuncSetAttribute: dynamic bytes
-  std::map<std::string, int> handles;                             // live handles of libraries, by kind
-  std::map<std::string, std::pair<Allocation*, int>> opened;      // by IPC handle, how often
+  std::set<std::pair<int, int>> peers;                              // (from, to) enabled
+  std::map<const void*, int> shared_limits;                         // cudaFuncSetAttribute: dynamic bytes
+  std::map<std::string, int> handles;                               // live handles of libraries, by kind
+  std::map<std::string, std::pair<Allocation*, int>> opened;        // by IPC handle, how often
   std::map<std::string, std::uint64_t> calls;
   std::vector<FailurePlan> plans;
-  std::vector<int> visible;         // physical devices, CUDA_VISIBLE_DEVICES applied
+  std::vector<int> visible;        // physical devices, CUDA_VISIBLE_DEVICES applied
   cudaError_t lost = cudaSuccess;  // the error that ended the context
   pid_t owner;
 };
@@ -180,7 +181,7 @@ cudaError_t take_last_error(bool keep);
 cudaError_t call(const char* name, CallKind kind, const std::function<cudaError_t(Held&)>& body);
 
 // Device memory that an operation is about to use; a report, and false, when it is not one live allocation.
-bool check_range(const char* what, const void* address, std::size_t bytes);
+bool check_range(const char* what, const void* address, std::size_t bytes, bool now);
 
 // --- executor.cpp
 
@@ -212,11 +213,23 @@ struct Range {
 
 void races_begin_launch(const LaunchShape& shape, Races level, Range own, Range shared);
 void races_begin_block(std::uint32_t block);
-void races_thread(int thread);       // which one runs now
-void races_barrier();                // all threads of the block have met
-void races_warp_barrier(int warp);   // lanes of the warp have met at __syncwarp
+void races_thread(int thread);      // which one runs now
+void races_barrier();               // all threads of the block have met
+void races_warp_barrier(int warp);  // lanes of the warp have met at __syncwarp
 void races_shared_array(const void* start, std::size_t bytes, const char* name);
-void races_end_launch();
+// Only the kernel's own code is looked at: the linker may give us copies of templates that were compiled with the
+// hooks.
+bool races_look(bool yes);  // what it was before
+class Unobserved {
+ public:
+  Unobserved() : before_(races_look(false)) {}
+  ~Unobserved() { races_look(before_); }
+  Unobserved(const Unobserved&) = delete;
+  Unobserved& operator=(const Unobserved&) = delete;
+
+ private:
+  bool before_;
+};
 void races_access(const void* address, std::size_t bytes, bool write, const void* code);
 
 template <class... Part>

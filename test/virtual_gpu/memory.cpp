@@ -1,11 +1,13 @@
-// Device memory: one file in memory (memfd) for each device, mapped once. Every allocation has pages of its own at addresses
-// that are never used again, and ends at the end of its last page, so that most accesses beyond it or after its end stop the
-// program in any build. Other processes open the file through /proc, so nothing is left behind when a process dies.
+// Device memory: one file in memory (memfd) for each device, mapped once. Every allocation has pages of its own at
+// addresses that are never used again, and ends at the end of its last page, so that most accesses beyond it or after
+// its end stop the program in any build. Other processes open the file through /proc, so nothing is left behind when a
+// process dies.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
@@ -67,7 +69,8 @@ Memory::Memory(const Options& options) {
   for (std::size_t d = 0; d <= devices; ++d) {
     const int fd = memfd_create("virtual_gpu", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, region_bytes) != 0 ||
-        mmap(base_ + d * region_bytes, region_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, 0) == MAP_FAILED)
+        mmap(base_ + d * region_bytes, region_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, 0) ==
+            MAP_FAILED)
       std::perror("virtual GPU: device memory"), std::abort();
     files_.push_back(fd);
   }
@@ -147,13 +150,15 @@ void Memory::release(Allocation& a) {
   }
   ASAN_UNPOISON_MEMORY_REGION(a.pages, a.page_bytes);
   allow(true);
-  const char* end = a.start + a.bytes;
-  for (const char* p = a.pages; p < a.pages + a.page_bytes; p = p + 1 == a.start ? end : p + 1) {
-    if (p == a.start || *p == static_cast<char>(guard_byte)) continue;
-    report("out of bounds", p < a.start ? join("written ", a.start - p, " bytes before ", describe(a.start))
-                                        : join("written ", p - end, " bytes beyond the end of ", describe(a.start)));
-    break;
-  }
+  const auto written = [](const char* from, const char* to) {
+    return std::find_if(from, to, [](char c) { return c != static_cast<char>(guard_byte); });
+  };
+  const char *end = a.start + a.bytes, *last = a.pages + a.page_bytes;
+  const char *before = written(a.pages, a.start), *beyond = written(end, last);
+  if (before != a.start)
+    report("out of bounds", join("written ", a.start - before, " bytes before ", describe(a.start)));
+  if (beyond != last)
+    report("out of bounds", join("written ", beyond - end, " bytes beyond the end of ", describe(a.start)));
   // Others that have it open see NaN; otherwise the memory goes back to the machine.
   if (a.exported) std::memset(a.pages, poison_byte, a.page_bytes);
   allow(false);
@@ -174,10 +179,12 @@ Allocation* Memory::map_foreign(int fd, std::size_t pages_offset, std::size_t pa
   Allocation* a = place_at(Place::foreign, device, files_.size(), bytes, page_bytes);
   if (a == nullptr) return nullptr;
   a->start = a->pages + inside;
-  if (mmap(a->pages, page_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, fd, static_cast<off_t>(pages_offset)) == MAP_FAILED) {
+  if (mmap(a->pages, page_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, fd, static_cast<off_t>(pages_offset)) ==
+      MAP_FAILED) {
     a->freed = true;
     return nullptr;
   }
+  a->usable = true;
   protect(*a, true);
   return a;
 }
@@ -192,9 +199,9 @@ Allocation* Memory::find(const void* address) {
   return owner == 0 ? nullptr : all_[owner - 1].get();
 }
 
-Allocation* Memory::whole(const void* address, std::size_t bytes) {
+Allocation* Memory::whole(const void* address, std::size_t bytes, bool now) {
   Allocation* a = find(address);
-  if (a == nullptr || a->freed || !a->usable) return nullptr;
+  if (a == nullptr || a->freed || (now && !a->usable)) return nullptr;
   const auto offset = static_cast<const char*>(address) - a->start;
   return offset >= 0 && static_cast<std::size_t>(offset) + bytes <= a->bytes ? a : nullptr;
 }
@@ -223,7 +230,9 @@ std::string Memory::describe(const void* address) {
   const auto offset = static_cast<const char*>(address) - a->start;
   std::string where = offset == 0 ? "" : join("byte ", offset, " of ");
   return join(where, kind[static_cast<int>(a->place)], " of ", a->bytes, " bytes",
-              a->freed ? ", freed" : a->usable ? "" : ", not yet allocated in stream order",
+              a->freed    ? ", freed"
+              : a->usable ? ""
+                          : ", not yet allocated in stream order",
               a->place == Place::pinned ? std::string() : join(", device ", a->device));
 }
 

@@ -1,10 +1,10 @@
-// The race and bounds check. -fsanitize=thread makes the compiler call __tsan_read4(address) and the like before each access
-// in .cu files; the real ThreadSanitizer is not linked, the calls end here. For every two bytes that threads share there is
-// a record of who wrote and read them.
-//   Shared memory: two threads touch the same bytes, one of them writes, and no barrier of the block (or __syncwarp, within
-//   a warp) lies between.
-//   Global memory: the same between two blocks of a launch, where a block that has done an atomic operation counts as ordered
-//   after all others ("the last block adds up"). Threads of one block are not compared there.
+// The race and bounds check. -fsanitize=thread makes the compiler call __tsan_read4(address) and the like before each
+// access in .cu files; the real ThreadSanitizer is not linked, the calls end here. For every two bytes that threads
+// share there is a record of who wrote and read them.
+//   Shared memory: two threads touch the same bytes, one of them writes, and no barrier of the block (or __syncwarp,
+//   within a warp) lies between. Global memory: the same between two blocks of a launch, where a block that has done an
+//   atomic operation counts as ordered after all others ("the last block adds up"). Threads of one block are not
+//   compared there.
 #include <link.h>
 
 #include <unordered_set>
@@ -84,14 +84,16 @@ void shared_access(Check& c, std::size_t offset, std::size_t bytes, bool write, 
   }
 }
 
-void global_words(Check& c, Allocation& a, std::size_t offset, std::size_t bytes, bool write, bool atomic, const void* code) {
+void global_words(Check& c, Allocation& a, std::size_t offset, std::size_t bytes, bool write, bool atomic,
+                  const void* code) {
   if (a.words == nullptr) a.words = std::make_unique<std::uint64_t[]>((a.bytes + 1) / 2);
   const std::uint64_t me = c.block + 1, launch = c.launch % launch_limit;
   if (me >= writer_limit) return;
   for (std::size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     std::uint64_t& word = a.words[i];
     std::uint64_t writer = 0, was_atomic = 0, reader = 0;
-    if (word >> 44 == launch) writer = word >> 23 & (writer_limit - 1), was_atomic = word >> 22 & 1, reader = word & many_readers;
+    if (word >> 44 == launch)
+      writer = word >> 23 & (writer_limit - 1), was_atomic = word >> 22 & 1, reader = word & many_readers;
     if (!c.block_ordered && !(atomic && was_atomic)) {
       if (writer != 0 && writer != me)
         tell(code, join("block ", c.block, write ? " writes" : " reads", " device memory that block ", writer - 1,
@@ -111,12 +113,14 @@ void global_access(Check& c, const void* address, std::size_t bytes, bool write,
   Memory& memory = state().memory;
   Allocation* a = memory.whole(address, bytes);
   if (a == nullptr)
-    fault("illegal address",
-          join(write ? "a kernel writes " : "a kernel reads ", bytes, " bytes, ", memory.describe(address), ", at ", code_line(code)));
+    fault("illegal address", join(write ? "a kernel writes " : "a kernel reads ", bytes, " bytes, ",
+                                  memory.describe(address), ", at ", code_line(code)));
   if (a->place == Place::device && a->device != c.device && state().peers.count({c.device, a->device}) == 0)
     fault("illegal address", join("a kernel of device ", c.device, " touches ", memory.describe(address),
                                   " without cudaDeviceEnablePeerAccess, at ", code_line(code)));
-  if (c.blocks) global_words(c, *a, static_cast<std::size_t>(static_cast<const char*>(address) - a->start), bytes, write, atomic, code);
+  if (c.blocks)
+    global_words(c, *a, static_cast<std::size_t>(static_cast<const char*>(address) - a->start), bytes, write, atomic,
+                 code);
 }
 
 // Neither device memory nor the executor's: the program's constants, or memory of the host.
@@ -132,14 +136,17 @@ void other_access(Check& c, const void* address, bool write, const void* code) {
 void access(const void* address, std::size_t bytes, bool write, bool atomic, const void* code) {
   Check& c = check();
   if (c.own.contains(address)) return;
-  active = false;  // what follows may call instrumented code
   if (c.shared.contains(address))
-    shared_access(c, static_cast<std::size_t>(static_cast<const char*>(address) - c.shared.begin), bytes, write, atomic, code);
+    shared_access(c, static_cast<std::size_t>(static_cast<const char*>(address) - c.shared.begin), bytes, write, atomic,
+                  code);
   else if (state().memory.contains(address))
     global_access(c, address, bytes, write, atomic, code);
   else
     other_access(c, address, write, code);
-  active = true;
+}
+void observed(const void* address, std::size_t bytes, bool write, const void* code) {
+  const Unobserved unobserved;
+  access(address, bytes, write, false, code);
 }
 
 int add_segments(dl_phdr_info* info, std::size_t, void* ranges) {
@@ -163,7 +170,6 @@ void races_begin_launch(const LaunchShape& shape, Races level, Range own, Range 
   c.arrays.clear();
   if (c.words.empty()) c.words.resize(shared.bytes / 2 + 1);
   if (c.program.empty()) dl_iterate_phdr(add_segments, &c.program);
-  active = level != Races::off;
 }
 
 void races_begin_block(std::uint32_t block) {
@@ -186,14 +192,19 @@ void races_shared_array(const void* start, std::size_t bytes, const char* name) 
   c.arrays.emplace_back(static_cast<const char*>(start) + bytes, name);
 }
 
-void races_end_launch() { active = false; }
+bool races_look(bool yes) {
+  const bool before = active;
+  active = yes && check().level != Races::off;
+  return before;
+}
 
 void races_access(const void* address, std::size_t bytes, bool write, const void* code) {
-  if (active) access(address, bytes, write, false, code);
+  if (check().level != Races::off) access(address, bytes, write, false, code);
 }
 
 void note_atomic(const void* address, std::size_t bytes) {
-  if (!active) return;
+  if (check().level == Races::off) return;
+  const Unobserved unobserved;
   access(address, bytes, true, true, __builtin_return_address(0));
   check().block_ordered = true;
 }
@@ -203,13 +214,13 @@ void note_atomic(const void* address, std::size_t bytes) {
 // --- the hooks
 
 #define ACCESS(address, bytes, write) \
-  if (virtual_gpu::active) virtual_gpu::access(address, bytes, write, false, __builtin_return_address(0))
-#define HOOKS(n)                                                    \
-  void __tsan_read##n(void* p) { ACCESS(p, n, false); }             \
-  void __tsan_write##n(void* p) { ACCESS(p, n, true); }             \
-  void __tsan_unaligned_read##n(void* p) { ACCESS(p, n, false); }   \
-  void __tsan_unaligned_write##n(void* p) { ACCESS(p, n, true); }   \
-  void __tsan_volatile_read##n(void* p) { ACCESS(p, n, false); }    \
+  if (virtual_gpu::active) virtual_gpu::observed(address, bytes, write, __builtin_return_address(0))
+#define HOOKS(n)                                                  \
+  void __tsan_read##n(void* p) { ACCESS(p, n, false); }           \
+  void __tsan_write##n(void* p) { ACCESS(p, n, true); }           \
+  void __tsan_unaligned_read##n(void* p) { ACCESS(p, n, false); } \
+  void __tsan_unaligned_write##n(void* p) { ACCESS(p, n, true); } \
+  void __tsan_volatile_read##n(void* p) { ACCESS(p, n, false); }  \
   void __tsan_volatile_write##n(void* p) { ACCESS(p, n, true); }
 extern "C" {
 HOOKS(1)
@@ -219,6 +230,20 @@ HOOKS(8)
 HOOKS(16)
 void __tsan_read_range(void* p, std::size_t bytes) { ACCESS(p, bytes, false); }
 void __tsan_write_range(void* p, std::size_t bytes) { ACCESS(p, bytes, true); }
+
+// Atomics of the language itself, in host code of .cu files (reference counts): plainly what they are.
+#define ATOMICS(bits, T)                                                                                            \
+  T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }           \
+  void __tsan_atomic##bits##_store(volatile T* p, T x, int) { __atomic_store_n(p, x, __ATOMIC_SEQ_CST); }           \
+  T __tsan_atomic##bits##_exchange(volatile T* p, T x, int) { return __atomic_exchange_n(p, x, __ATOMIC_SEQ_CST); } \
+  T __tsan_atomic##bits##_fetch_add(volatile T* p, T x, int) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); } \
+  T __tsan_atomic##bits##_fetch_sub(volatile T* p, T x, int) { return __atomic_fetch_sub(p, x, __ATOMIC_SEQ_CST); } \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* old, T x, int, int) {                         \
+    return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                       \
+  }
+ATOMICS(8, std::uint8_t)
+ATOMICS(32, std::uint32_t)
+ATOMICS(64, std::uint64_t)
 void __tsan_init() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}

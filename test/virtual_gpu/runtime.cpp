@@ -67,17 +67,29 @@ std::size_t extent(std::size_t pitch, std::size_t width, std::size_t height) {
 
 void copy_rows(const Copy& c) {
   for (std::size_t row = 0; row < c.height; ++row)
-    std::memmove(static_cast<char*>(c.to) + row * c.to_pitch, static_cast<const char*>(c.from) + row * c.from_pitch, c.width);
+    std::memmove(static_cast<char*>(c.to) + row * c.to_pitch, static_cast<const char*>(c.from) + row * c.from_pitch,
+                 c.width);
 }
 
-// Where the two ends are must fit the kind; both ends must be one allocation.
+// Both ends are one allocation each; now: that may be used now.
+bool in_bounds(const char* name, const Copy& c, bool now) {
+  const auto end = [&](const void* address, std::size_t pitch) {
+    return place_of(address) == Place::pageable || check_range(name, address, extent(pitch, c.width, c.height), now);
+  };
+  return end(c.to, c.to_pitch) && end(c.from, c.from_pitch);
+}
+// Where the two ends are must fit the kind.
 bool fits(const char* name, const Copy& c, Place to, Place from) {
   const bool to_device = c.kind == cudaMemcpyHostToDevice || c.kind == cudaMemcpyDeviceToDevice;
   const bool from_device = c.kind == cudaMemcpyDeviceToHost || c.kind == cudaMemcpyDeviceToDevice;
   if (c.kind != cudaMemcpyDefault && (on_device(to) != to_device || on_device(from) != from_device)) return false;
-  if (c.width > c.to_pitch || c.width > c.from_pitch) return false;
-  return (to == Place::pageable || check_range(name, c.to, extent(c.to_pitch, c.width, c.height))) &&
-         (from == Place::pageable || check_range(name, c.from, extent(c.from_pitch, c.width, c.height)));
+  return c.width <= c.to_pitch && c.width <= c.from_pitch && in_bounds(name, c, false);
+}
+void run_copy(const char* name, const Copy& c) {
+  if (in_bounds(name, c, true))
+    copy_rows(c);
+  else
+    state().lost = cudaErrorIllegalAddress;
 }
 
 // What CUDA says about when a copy returns ("API synchronization behavior"): to or from pageable memory even an
@@ -86,8 +98,8 @@ cudaError_t copy(Held& held, const char* name, const std::shared_ptr<Stream>& st
   const Place to = place_of(c.to), from = place_of(c.from);
   if (!fits(name, c, to, from)) return cudaErrorInvalidValue;
   if (c.width == 0 || c.height == 0) return cudaSuccess;
-  std::function<bool()> run = [c] {
-    copy_rows(c);
+  std::function<bool()> run = [name, c] {
+    run_copy(name, c);
     return true;
   };
   if (from == Place::pageable && on_device(to)) {
@@ -96,11 +108,11 @@ cudaError_t copy(Held& held, const char* name, const std::shared_ptr<Stream>& st
     in.to = staged->data();
     in.to_pitch = c.width;
     copy_rows(in);
-    run = [c, staged] {
+    run = [name, c, staged] {
       Copy out = c;
       out.from = staged->data();
       out.from_pitch = c.width;
-      copy_rows(out);
+      run_copy(name, out);
       return true;
     };
     if (synchronous) wait_for(held, {end_of(stream)});
@@ -114,12 +126,17 @@ cudaError_t copy(Held& held, const char* name, const std::shared_ptr<Stream>& st
   return cudaSuccess;
 }
 
-cudaError_t set(Held& held, const char* name, const std::shared_ptr<Stream>& stream, void* to, std::size_t pitch, int value,
-                std::size_t width, std::size_t height, bool synchronous) {
-  if (width > pitch || !check_range(name, to, extent(pitch, width, height))) return cudaErrorInvalidValue;
+cudaError_t set(Held& held, const char* name, const std::shared_ptr<Stream>& stream, void* to, std::size_t pitch,
+                int value, std::size_t width, std::size_t height, bool synchronous) {
+  const std::size_t bytes = extent(pitch, width, height);
+  if (width > pitch || !check_range(name, to, bytes, false)) return cudaErrorInvalidValue;
   enqueue(stream, {name,
                    [=] {
-                     for (std::size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(to) + row * pitch, value, width);
+                     if (!check_range(name, to, bytes, true))
+                       state().lost = cudaErrorIllegalAddress;
+                     else
+                       for (std::size_t row = 0; row < height; ++row)
+                         std::memset(static_cast<char*>(to) + row * pitch, value, width);
                      return true;
                    },
                    {}});
@@ -133,7 +150,8 @@ cudaError_t give(void** address, Place place, std::size_t bytes) {
   State& s = state();
   *address = nullptr;
   if (bytes == 0) return cudaSuccess;
-  if (place == Place::device && s.memory.used(current_device) + bytes > s.options.memory) return cudaErrorMemoryAllocation;
+  if (place == Place::device && s.memory.used(current_device) + bytes > s.options.memory)
+    return cudaErrorMemoryAllocation;
   const Allocation* a = s.memory.allocate(place, current_device, bytes);
   if (a == nullptr) return cudaErrorMemoryAllocation;
   *address = a->start;
@@ -148,7 +166,8 @@ Allocation* to_free(const char* name, const void* address, Place place) {
   if (a != nullptr && a->freed && a->start == address)
     report("double free", join(name, " of ", s.memory.describe(address)));
   else
-    report("bad free", join(name, " of ", s.memory.contains(address) ? s.memory.describe(address) : "memory of the host"));
+    report("bad free",
+           join(name, " of ", s.memory.contains(address) ? s.memory.describe(address) : "memory of the host"));
   return nullptr;
 }
 
@@ -204,9 +223,7 @@ struct WireHandle {
 static_assert(sizeof(WireHandle) <= sizeof(cudaIpcMemHandle_t));
 constexpr std::uint64_t memory_magic = 0x6d656d6f72790001, event_magic = 0x6576656e74000001;
 
-int open_file(pid_t pid, int fd) {
-  return open(join("/proc/", pid, "/fd/", fd).c_str(), O_RDWR | O_CLOEXEC);
-}
+int open_file(pid_t pid, int fd) { return open(join("/proc/", pid, "/fd/", fd).c_str(), O_RDWR | O_CLOEXEC); }
 
 }  // namespace
 }  // namespace virtual_gpu
@@ -228,7 +245,8 @@ cudaError_t cudaFree(void* address) {
   return call("cudaFree", other, [&](Held& held) { return free_now(held, "cudaFree", address, Place::device); });
 }
 cudaError_t cudaFreeHost(void* address) {
-  return call("cudaFreeHost", other, [&](Held& held) { return free_now(held, "cudaFreeHost", address, Place::pinned); });
+  return call("cudaFreeHost", other,
+              [&](Held& held) { return free_now(held, "cudaFreeHost", address, Place::pinned); });
 }
 
 cudaError_t cudaMallocAsync(void** address, size_t bytes, cudaStream_t handle) {
@@ -328,8 +346,8 @@ cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t fro
     return copy(held, "cudaMemcpy2D", stream, {to, to_pitch, from, from_pitch, width, height, kind}, true);
   });
 }
-cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height,
-                              cudaMemcpyKind kind, cudaStream_t handle) {
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t handle) {
   return on_stream("cudaMemcpy2DAsync", handle, [&](Held& held, const std::shared_ptr<Stream>& stream) {
     return copy(held, "cudaMemcpy2DAsync", stream, {to, to_pitch, from, from_pitch, width, height, kind}, false);
   });
@@ -341,7 +359,8 @@ cudaError_t cudaMemcpyPeer(void* to, int, const void* from, int, size_t bytes) {
 }
 cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t handle) {
   return on_stream("cudaMemcpyPeerAsync", handle, [&](Held& held, const std::shared_ptr<Stream>& stream) {
-    return copy(held, "cudaMemcpyPeerAsync", stream, {to, bytes, from, bytes, bytes, 1, cudaMemcpyDeviceToDevice}, false);
+    return copy(held, "cudaMemcpyPeerAsync", stream, {to, bytes, from, bytes, bytes, 1, cudaMemcpyDeviceToDevice},
+                false);
   });
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
@@ -380,7 +399,9 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, i
     return cudaSuccess;
   });
 }
-cudaError_t cudaStreamCreate(cudaStream_t* handle) { return cudaStreamCreateWithPriority(handle, cudaStreamDefault, 0); }
+cudaError_t cudaStreamCreate(cudaStream_t* handle) {
+  return cudaStreamCreateWithPriority(handle, cudaStreamDefault, 0);
+}
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
   return cudaStreamCreateWithPriority(handle, flags, 0);
 }
@@ -566,7 +587,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
         block.x * block.y * block.z > 1024)
       return cudaErrorInvalidConfiguration;
     const auto limit = state().shared_limits.find(kernel);
-    if (config->dynamicSmemBytes > static_cast<std::size_t>(limit == state().shared_limits.end() ? 48 << 10 : limit->second))
+    if (config->dynamicSmemBytes >
+        static_cast<std::size_t>(limit == state().shared_limits.end() ? 48 << 10 : limit->second))
       return cudaErrorInvalidValue;
     const LaunchShape shape{kernel, grid, block, config->dynamicSmemBytes, stream->device};
     enqueue(stream, {"kernel",
@@ -595,7 +617,8 @@ cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* address) {
     State& s = state();
     Allocation* a = s.memory.find(address);
     // A handle stands for a whole allocation of cudaMalloc; where inside it a pointer points would be lost.
-    if (a == nullptr || a->freed || a->place != Place::device || a->ordered || a->start != address) return cudaErrorInvalidValue;
+    if (a == nullptr || a->freed || a->place != Place::device || a->ordered || a->start != address)
+      return cudaErrorInvalidValue;
     a->exported = true;
     const WireHandle wire{memory_magic,
                           getpid(),
@@ -655,8 +678,8 @@ cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t* handle, cudaEvent_t even
   return call("cudaIpcGetEventHandle", work, [&](Held&) {
     const Event* e = event_of(event);
     if (e == nullptr || !e->interprocess || e->opened) return cudaErrorInvalidResourceHandle;
-    const WireHandle wire{event_magic, getpid(), event_page().fd, 0, static_cast<std::uint64_t>(e->shared - event_page().slots),
-                          0,           0,        0};
+    const WireHandle wire{
+        event_magic, getpid(), event_page().fd, 0, static_cast<std::uint64_t>(e->shared - event_page().slots), 0, 0, 0};
     *handle = {};
     std::memcpy(handle, &wire, sizeof wire);
     need_background();

@@ -6,8 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <utility>
 #include <sstream>
+#include <utility>
 
 #include "virtual_gpu/internal.h"
 
@@ -148,7 +148,8 @@ State& state() {
   return *the_state;
 }
 
-State::State(const Options& o) : options(o), memory(o), random(o.seed), visible(visible_devices(o.devices)), owner(getpid()) {
+State::State(const Options& o)
+    : options(o), memory(o), random(o.seed), visible(visible_devices(o.devices)), owner(getpid()) {
   for (int d = 0; d < o.devices; ++d) {
     auto stream = std::make_shared<Stream>();
     stream->device = d;
@@ -196,12 +197,14 @@ void report_leaks() {
   for (const auto& stream : s.streams)
     if (!stream->is_default && !stream->destroyed) report("leak", "a stream");
   for (std::size_t i = 0; i < s.events.size(); ++i) report("leak", "an event");
-  for (const auto& [start, mapped] : s.registered) report("leak", join("registered host memory of ", mapped.second, " bytes"));
+  for (const auto& [start, mapped] : s.registered)
+    report("leak", join("registered host memory of ", mapped.second, " bytes"));
   for (const auto& [kind, count] : s.handles)
     if (count != 0) report("leak", join(count, " of ", kind));
   if (const char* path = std::getenv("VIRTUAL_GPU_CALLS"))
     if (FILE* file = std::fopen(path, "a")) {
-      for (const auto& [name, count] : s.calls) std::fprintf(file, "%s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
+      for (const auto& [name, count] : s.calls)
+        std::fprintf(file, "%s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
       std::fclose(file);
     }
 }
@@ -238,8 +241,8 @@ cudaError_t call(const char* name, CallKind kind, const std::function<cudaError_
   State& s = state();
   if (getpid() != s.owner) return cudaErrorInitializationError;  // CUDA does not survive fork either
   if (kind == CallKind::work && unread_call != nullptr) {
-    report("error not checked", join(unread_call, " failed (", cudaGetErrorName(unread_error),
-                                     "), and the program went on with ", name));
+    report("error not checked",
+           join(unread_call, " failed (", cudaGetErrorName(unread_error), "), and the program went on with ", name));
     unread_call = nullptr;
   }
   cudaError_t result = static_cast<cudaError_t>(planned_failure(name));
@@ -269,7 +272,8 @@ cudaError_t take_last_error(bool keep) {
 
 std::shared_ptr<Stream> stream_of(cudaStream_t handle) {
   State& s = state();
-  if (handle == nullptr || handle == cudaStreamLegacy) return s.default_streams[static_cast<std::size_t>(current_device)];
+  if (handle == nullptr || handle == cudaStreamLegacy)
+    return s.default_streams[static_cast<std::size_t>(current_device)];
   for (const auto& stream : s.streams)
     if (stream.get() == reinterpret_cast<Stream*>(handle) && !stream->destroyed) return stream;
   report("bad stream", "a call names a stream that does not exist or was destroyed");
@@ -353,7 +357,7 @@ void need_background() {
   static_cast<void>(once);
 }
 
-bool check_range(const char* what, const void* address, std::size_t bytes) {
+bool check_range(const char* what, const void* address, std::size_t bytes, bool now) {
   if (bytes == 0) return true;
   State& s = state();
   if (!s.memory.contains(address)) {
@@ -364,7 +368,7 @@ bool check_range(const char* what, const void* address, std::size_t bytes) {
     report("illegal address", join(what, ": host memory that is not pinned"));
     return false;
   }
-  if (s.memory.whole(address, bytes) != nullptr) return true;
+  if (s.memory.whole(address, bytes, now) != nullptr) return true;
   report("illegal address", join(what, ": ", bytes, " bytes from ", s.memory.describe(address)));
   return false;
 }

@@ -12,13 +12,13 @@ namespace virtual_gpu {
 enum class Races { off, shared, all };  // all: also between blocks, in global memory
 
 struct Options {
-  std::uint64_t seed = 1;             // order of independent streams and of threads within a block
-  int devices = 8;                    // described as H100
-  std::size_t memory = 4ull << 30;    // bytes of each
-  bool peer_access = true;            // whether devices can reach each other
-  int driver = 13000;                 // what cudaDriverGetVersion says
+  std::uint64_t seed = 1;           // order of independent streams and of threads within a block
+  int devices = 8;                  // described as H100
+  std::size_t memory = 4ull << 30;  // bytes of each
+  bool peer_access = true;          // whether devices can reach each other
+  int driver = 13000;               // what cudaDriverGetVersion says
   Races races = Races::all;
-  bool protection_keys = true;        // false: host access to device memory is kept out by mprotect, as without PKU
+  bool protection_keys = true;  // false: host access to device memory is kept out by mprotect, as without PKU
 };
 Options options_from_environment();
 
