@@ -9,9 +9,9 @@
 namespace distill {
 
 std::string version_text() {
-  return text("distill ", DISTILL_VERSION, "\n", "backends: cpu (", cpu_backend_version(), "); ", cuda_backend_version(), "\n",
-              "mpi: ", MpiSession::library_version(), "\n", "libraries: ", command_line_library_version(), ", ",
-              io_library_versions(), "\n");
+  return text("distill ", DISTILL_VERSION, "\n", "backends: cpu (", cpu_backend_version(), "); ",
+              cuda_backend_version(), "\n", "mpi: ", MpiSession::library_version(), "\n",
+              "libraries: ", command_line_library_version(), ", ", io_library_versions(), "\n");
 }
 
 }  // namespace distill

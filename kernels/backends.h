@@ -10,8 +10,8 @@ namespace distill {
 
 // The host's processor with this many compute threads.
 std::unique_ptr<Device> make_cpu_device(int threads);
-// A GPU, counted among those that this process may see. An input error where there is no such GPU, or where this program
-// was built without CUDA.
+// A GPU, counted among those that this process may see. An input error where there is no such GPU, or where this
+// program was built without CUDA.
 std::unique_ptr<Device> make_cuda_device(int ordinal);
 // Libraries and their versions, for --version.
 std::string cpu_backend_version();

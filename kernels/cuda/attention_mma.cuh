@@ -9,8 +9,8 @@
 
 namespace distill::cuda {
 
-constexpr int mma_threads = 128;         // 4 warps
-constexpr int owned_rows = 64;           // of a block: 16 for each warp
+constexpr int mma_threads = 128;  // 4 warps
+constexpr int owned_rows = 64;    // of a block: 16 for each warp
 constexpr float log2_of_e = 1.44269504f, ln_of_2 = 0.69314718f;
 
 // Rows of a head in shared memory. 8 more columns: the 8 rows that a fragment reads at once meet different banks.
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(mma_threads) attention_mma_dq_kernel(Attention
   constexpr int keys = 32, pieces = keys / 8;
   const int head = int(blockIdx.y), kv_head = head / a.group, warp = int(threadIdx.x) / Warp::size;
   const int first = int(blockIdx.x) * owned_rows, end = min(first + owned_rows, a.tokens);
-  const Tile<T, d> q{dynamic_shared<T>()}, dout{q.data + owned_rows * q.stride},
-      k{dout.data + owned_rows * q.stride}, v{k.data + keys * k.stride};
+  const Tile<T, d> q{dynamic_shared<T>()}, dout{q.data + owned_rows * q.stride}, k{dout.data + owned_rows * q.stride},
+      v{k.data + keys * k.stride};
   q.template copy<owned_rows>(a.q, first, end, head);
   dout.template copy<owned_rows>(a.dout, first, end, head);
 

@@ -10,8 +10,8 @@ namespace distill::cuda {
 
 constexpr int tile = Warp::size;
 
-// Threads of a block, rows that each warp owns, and columns of a head that a lane owns, so that tiles of the widest head
-// fit into shared memory.
+// Threads of a block, rows that each warp owns, and columns of a head that a lane owns, so that tiles of the widest
+// head fit into shared memory.
 template <class T>
 struct AttentionPlan {
   static constexpr int warps = 4, rows_each = sizeof(T) == 8 ? 1 : 4, owned = warps * rows_each;

@@ -1,5 +1,5 @@
-// What both attention kernels take, and which rows see which: tiles run over tokens without regard to sequences, and each
-// query row knows the first key that it may see.
+// What both attention kernels take, and which rows see which: tiles run over tokens without regard to sequences, and
+// each query row knows the first key that it may see.
 #pragma once
 
 #include "kernels/cuda/language.h"  // before what includes the toolkit's headers

@@ -36,7 +36,8 @@ Buffer allocate(const std::shared_ptr<MemoryUse>& use, std::size_t bytes, const 
 // turns with it.
 class DeviceScratch {
  public:
-  DeviceScratch(std::shared_ptr<MemoryUse> use, std::string device) : use_(std::move(use)), device_(std::move(device)) {}
+  DeviceScratch(std::shared_ptr<MemoryUse> use, std::string device)
+      : use_(std::move(use)), device_(std::move(device)) {}
   void* bytes(std::size_t count);
 
  private:
@@ -57,7 +58,7 @@ class Staging {
   void download(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
 
  private:
-  static constexpr std::size_t part_bytes = 1 << 20, parts = 16;
+  static constexpr std::size_t part_bytes = 256 << 10, parts = 16;
   struct Free {
     void operator()(char* p) const { cudaFreeHost(p); }
   };

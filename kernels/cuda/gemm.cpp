@@ -51,8 +51,7 @@ void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
 // rows × cols as it lies in memory, column by column.
 auto layout(DType type, std::int64_t rows, std::int64_t cols, std::int64_t stride) {
   cublasLtMatrixLayout_t made{};
-  cublas_check(
-      cublasLtMatrixLayoutCreate(&made, cuda_type(type), std::uint64_t(rows), std::uint64_t(cols), stride));
+  cublas_check(cublasLtMatrixLayoutCreate(&made, cuda_type(type), std::uint64_t(rows), std::uint64_t(cols), stride));
   return Handle<cublasLtMatrixLayout_t, &cublasLtMatrixLayoutDestroy>(made);
 }
 
@@ -67,7 +66,7 @@ std::string cublas_version() {
 }
 
 MatrixProduct::MatrixProduct(const std::shared_ptr<MemoryUse>& use, const std::string& device)
-    : workspace_(allocate(use, workspace_bytes, device)) {
+    : workspace_(use, device) {
   cublasLtHandle_t library{};
   cublas_check(cublasLtCreate(&library));
   library_ = Handle<cublasLtHandle_t, &cublasLtDestroy>(library);
@@ -109,8 +108,8 @@ MatrixProduct::Plan MatrixProduct::make_plan(const Shape& s) const {
   int found = 0;
   cublas_check(cublasLtMatmulAlgoGetHeuristic(library_.get(), product, plan.x.get(), plan.y.get(), plan.c.get(),
                                               plan.c.get(), made, 1, &best, &found));
-  check(found == 1, "cuBLASLt has no kernel for ", name_of(s.in), " [", s.n, ",", s.k, "] × [", s.k, ",", s.m,
-        "] to ", name_of(s.out));
+  check(found == 1, "cuBLASLt has no kernel for ", name_of(s.in), " [", s.n, ",", s.k, "] × [", s.k, ",", s.m, "] to ",
+        name_of(s.out));
   plan.algorithm = best.algo;
   return plan;
 }
@@ -124,9 +123,9 @@ const MatrixProduct::Plan& MatrixProduct::plan(const Shape& shape) {
 
 // Rows of ours are columns of theirs: cᵀ = bᵀ aᵀ.
 void MatrixProduct::run(View c, const Factor& a, const Factor& b, Write write, cudaStream_t stream) {
-  const Plan& p = plan({c.cols, c.rows, a.cols(), stride_of(b.matrix), stride_of(a.matrix), stride_of(c),
-                        a.matrix.dtype, c.dtype, b.is_transposed, a.is_transposed, alignment_of(b.matrix),
-                        alignment_of(a.matrix), alignment_of(c)});
+  const Plan& p =
+      plan({c.cols, c.rows, a.cols(), stride_of(b.matrix), stride_of(a.matrix), stride_of(c), a.matrix.dtype, c.dtype,
+            b.is_transposed, a.is_transposed, alignment_of(b.matrix), alignment_of(a.matrix), alignment_of(c)});
   const double one = 1, zero = 0;
   const float one_f = 1, zero_f = 0;
   const bool is_f64 = a.matrix.dtype == DType::f64, adds = write == Write::accumulate;
@@ -134,7 +133,7 @@ void MatrixProduct::run(View c, const Factor& a, const Factor& b, Write write, c
   const void* beta = is_f64 ? static_cast<const void*>(adds ? &one : &zero) : adds ? &one_f : &zero_f;
   cublas_check(cublasLtMatmul(library_.get(), p.product.get(), alpha, b.matrix.data, p.x.get(), a.matrix.data,
                               p.y.get(), beta, c.data, p.c.get(), c.mutable_data(), p.c.get(), &p.algorithm,
-                              workspace_.get(), workspace_bytes, stream));
+                              workspace_.bytes(workspace_bytes), workspace_bytes, stream));
 }
 
 }  // namespace distill::cuda

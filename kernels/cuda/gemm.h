@@ -38,7 +38,7 @@ class MatrixProduct {
   Plan make_plan(const Shape& shape) const;
 
   Handle<cublasLtHandle_t, &cublasLtDestroy> library_;
-  Buffer workspace_;
+  DeviceScratch workspace_;
   std::unordered_map<Shape, Plan, Hash> plans_;
 };
 

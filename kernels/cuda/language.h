@@ -8,7 +8,7 @@
 //   threadIdx, __syncthreads, __shfl_*_sync, votes, atomics, __ldg, __expf …: as in CUDA
 //   mma_m16n8k16, ldmatrix_x4, copy_async_16 …: below, the only way to tensor cores and asynchronous copies
 //
-// A plain `__shared__` or `<<< >>>` does not compile under the host compiler.
+// A plain `__shared__` or a launch in angle brackets does not compile under the host compiler.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -18,12 +18,13 @@ void CudaDevice::do_distill_loss(View dlogits, View terms, const ConstView& stud
       group ? std::clamp<std::int64_t>(spec.vocabulary - shard.first, 0, student.cols) : spec.vocabulary;
   // Only the terms are wanted: the gradient is 0.
   if (scale == 0) do_zero(dlogits);
-  LossCall call{dlogits, terms, student, teacher, labels, spec, scale, shard.first, columns, group, staging_, scratch_, stream()};
+  LossCall call{dlogits,     terms,   student, teacher,  labels,   spec,    scale,
+                shard.first, columns, group,   staging_, scratch_, stream()};
 
   // Teachers whose type differs from an f64 student's, and f64 teachers of an f32 student, occur in tests only.
   const bool takes_as_is = teacher.dtype == DType::f64 ? is_f64 : !is_f64;
   Tensor converted;
-  if (spec.distill_weight != 0 && teacher.data && !takes_as_is) {
+  if (teacher.data && !takes_as_is) {
     converted = tensor(teacher.rows, teacher.cols, student.dtype);
     do_cast(converted.view(), teacher);
     call.teacher = converted.view();

@@ -307,7 +307,8 @@ __global__ void terms_kernel(LossArguments<S, T> call, std::int64_t rows) {
   const std::int64_t r = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (r >= rows) return;
   const Position<S>& p = call.positions[r];
-  const bool has_teacher = call.teacher.data != nullptr, is_known = call.labels[r] >= 0 && call.labels[r] < call.spec.vocabulary;
+  const bool has_teacher = call.teacher.data != nullptr,
+             is_known = call.labels[r] >= 0 && call.labels[r] < call.spec.vocabulary;
   const S log_zs = log(p.sums.student);
   const S teacher_entropy = has_teacher ? log(p.sums.teacher) - p.sums.teacher_dot / p.sums.teacher : S(0);
   S* const terms = call.terms[r];
@@ -336,7 +337,8 @@ class Loss {
     arguments_.student = rows_of<S>(call.student);
     // A teacher without a column here is still one; nothing of it is read.
     if (has_teacher())
-      arguments_.teacher = call.teacher.data ? rows_of<T>(call.teacher) : Rows<const T>{reinterpret_cast<const T*>(memory)};
+      arguments_.teacher =
+          call.teacher.data ? rows_of<T>(call.teacher) : Rows<const T>{reinterpret_cast<const T*>(memory)};
     arguments_.labels = call.labels.as<std::int32_t>();
     arguments_.terms = rows_of<S>(call.terms);
     arguments_.spec = call.spec;
@@ -361,7 +363,7 @@ class Loss {
   }
 
  private:
-  bool has_teacher() const { return call_.spec.distill_weight != 0; }
+  bool has_teacher() const { return call_.teacher.rows > 0; }
 
   template <class Key, class MakePass>
   void digits(MakePass&& make) {

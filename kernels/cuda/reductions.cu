@@ -21,7 +21,7 @@ constexpr int across = 32, down = 32;
 template <class S, class A, class T>
 __global__ void column_sums_kernel(S* sums, A* to_partial, Rows<const T> x, std::int64_t rows, std::int64_t cols,
                                    std::int64_t block_rows) {
-  SHARED_ARRAY(A, part, down*(across + 1));
+  SHARED_ARRAY(A, part, down * (across + 1));
   const std::int64_t column = std::int64_t(blockIdx.x) * across + threadIdx.x;
   const std::int64_t first = std::int64_t(blockIdx.y) * block_rows;
   const std::int64_t last = rows < first + block_rows ? rows : first + block_rows;
@@ -43,8 +43,9 @@ void add_columns(cudaStream_t stream, S* sums, A* to_partial, const Rows<const T
                  std::int64_t cols, std::int64_t block_rows) {
   const std::int64_t blocks = to_partial ? blocks_for(rows, block_rows) : 1;
   check(blocks <= 65535, "column sums of ", rows, " rows");
-  launch(column_sums_kernel<S, A, T>, Grid(dim3(as_blocks(blocks_for(cols, across)), unsigned(blocks)), dim3(across, down)),
-         stream, sums, to_partial, x, rows, cols, to_partial ? block_rows : rows);
+  launch(column_sums_kernel<S, A, T>,
+         Grid(dim3(as_blocks(blocks_for(cols, across)), unsigned(blocks)), dim3(across, down)), stream, sums,
+         to_partial, x, rows, cols, to_partial ? block_rows : rows);
 }
 
 // --- Σ x²
@@ -152,7 +153,7 @@ struct TeamOf<Block> {
   __device__ static int index() { return 0; }
 };
 template <class Team>
-inline constexpr int norm_block_rows = TeamOf<Team>::per_block * TeamOf<Team>::rows_each;
+inline constexpr int norm_block_rows = TeamOf<Team>::per_block* TeamOf<Team>::rows_each;
 
 // body(first column, columns) for the chunks of n elements of a row that are this lane's.
 template <int n, class Team, class Body>
@@ -212,14 +213,14 @@ __global__ void rms_norm_backward_kernel(NormRows<T> dx, Compute<T>* dw_parts, N
     const C inv = *inv_rms[row];
     C dot = 0;
     for_row<n>(team, width, [&](std::int64_t c, int count) {
-      const auto d = load<n>(dy[row] + c, count, dy.rows.is_aligned), at = load<n>(x[row] + c, count, x.rows.is_aligned),
-                 weight = load<n>(w.data + c, count, w.is_aligned);
+      const auto d = load<n>(dy[row] + c, count, dy.rows.is_aligned),
+                 at = load<n>(x[row] + c, count, x.rows.is_aligned), weight = load<n>(w.data + c, count, w.is_aligned);
       for (int i = 0; i < n; ++i) dot += C(d.value[i]) * C(weight.value[i]) * C(at.value[i]);
     });
     const C along = team.sum(dot) * inv * inv / C(width);
     for_row<n>(team, width, [&](std::int64_t c, int count) {
-      const auto d = load<n>(dy[row] + c, count, dy.rows.is_aligned), at = load<n>(x[row] + c, count, x.rows.is_aligned),
-                 weight = load<n>(w.data + c, count, w.is_aligned);
+      const auto d = load<n>(dy[row] + c, count, dy.rows.is_aligned),
+                 at = load<n>(x[row] + c, count, x.rows.is_aligned), weight = load<n>(w.data + c, count, w.is_aligned);
       Few<T, n> skip{}, result;
       if (dskip.rows.data) skip = load<n>(dskip[row] + c, count, dskip.rows.is_aligned);
       for (int i = 0; i < n; ++i) {
@@ -292,8 +293,8 @@ void CudaDevice::norm(View sum, View y, View inv_rms, const ConstView& x, const 
     const std::int64_t n = w.cols, groups = x.cols / n, rows = x.rows * groups;
     with_team(n, [&](auto team) {
       using Team = decltype(team);
-      launch(rms_norm_kernel<T, Team>, Grid(as_blocks(blocks_for(rows, TeamOf<Team>::per_block)), norm_threads), stream(),
-             norm_rows(rows_of<T>(y), groups, n), norm_rows(rows_of<C>(inv_rms), groups, 1),
+      launch(rms_norm_kernel<T, Team>, Grid(as_blocks(blocks_for(rows, TeamOf<Team>::per_block)), norm_threads),
+             stream(), norm_rows(rows_of<T>(y), groups, n), norm_rows(rows_of<C>(inv_rms), groups, 1),
              norm_rows(delta.data ? rows_of<T>(sum) : Rows<T>(), groups, n), norm_rows(rows_of<T>(x), groups, n),
              norm_rows(delta.data ? rows_of<T>(delta) : Rows<const T>(), groups, n), rows_of<T>(w), rows, eps);
     });
@@ -314,8 +315,9 @@ void CudaDevice::norm_backward(View dx, View dw, const ConstView& dy, const Cons
       const std::size_t shared = std::size_t(TeamOf<Team>::per_block * n) * sizeof(C);
       launch(rms_norm_backward_kernel<T, Team>, Grid(as_blocks(blocks), norm_threads, shared), stream(),
              norm_rows(rows_of<T>(dx), groups, n), parts, norm_rows(rows_of<T>(dy), groups, n),
-             norm_rows(dskip.data ? rows_of<T>(dskip) : Rows<const T>(), groups, n), norm_rows(rows_of<T>(x), groups, n),
-             rows_of<T>(w), norm_rows(rows_of<C>(ConstView(inv_rms)), groups, 1), rows);
+             norm_rows(dskip.data ? rows_of<T>(dskip) : Rows<const T>(), groups, n),
+             norm_rows(rows_of<T>(x), groups, n), rows_of<T>(w), norm_rows(rows_of<C>(ConstView(inv_rms)), groups, 1),
+             rows);
       add_columns<C, C, C>(stream(), dw.as<C>(), nullptr, Rows<const C>{parts, n}, blocks, n, 0);
     });
   });

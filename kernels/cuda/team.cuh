@@ -1,5 +1,5 @@
-// Teams (kernels/team.h) of GPU threads. Reductions have a fixed order, every lane gets the result, and all lanes of the
-// team must call them.
+// Teams (kernels/team.h) of GPU threads. Reductions have a fixed order, every lane gets the result, and all lanes of
+// the team must call them.
 #pragma once
 
 #include "kernels/cuda/language.h"
@@ -25,8 +25,7 @@ struct Warp {
   }
   template <class T>
   __device__ T max(T x) const {
-    for (int distance = size / 2; distance > 0; distance /= 2)
-      x = larger(x, __shfl_xor_sync(all_lanes, x, distance));
+    for (int distance = size / 2; distance > 0; distance /= 2) x = larger(x, __shfl_xor_sync(all_lanes, x, distance));
     return x;
   }
 };
@@ -56,7 +55,7 @@ struct Block {
   // n ≤ most_values sums at once
   template <class T>
   __device__ void sum_each(T* x, int n) const {
-    SHARED_ARRAY(T, of_warp, most_warps* most_values);
+    SHARED_ARRAY(T, of_warp, most_warps * most_values);
     for (int i = 0; i < n; ++i) {
       const T total = Warp().sum(x[i]);
       if (Warp().lane() == 0) of_warp[warp() * n + i] = total;

@@ -16,11 +16,11 @@
 namespace distill {
 namespace {
 
-using test::Backend;
-using test::backends;
 using reference::Arithmetic;
 using reference::Matrix;
 using reference::Number;
+using test::Backend;
+using test::backends;
 
 using Generator = std::function<double(std::int64_t, std::int64_t)>;
 
@@ -97,7 +97,7 @@ Tensor integers(Device& device, const std::vector<std::int32_t>& values) {
 
 // One test case's device, number type and random numbers.
 struct Fixture {
-  std::unique_ptr<Device> owner;
+  std::shared_ptr<Device> owner;
   Device& device;
   DType type, wide;
   Arithmetic arithmetic;

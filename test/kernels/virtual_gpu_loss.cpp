@@ -15,9 +15,7 @@ class OnDevice {
     storage_ = device.tensor(1, std::max<std::int64_t>(elements(), 1), host.dtype);
     if (elements() > 0) device.upload(storage_.view().col_slice(0, elements()), all.data);
   }
-  View view() {
-    return {storage_.view().mutable_data(), host_.rows, host_.cols, host_.stride, host_.dtype};
-  }
+  View view() { return {storage_.view().mutable_data(), host_.rows, host_.cols, host_.stride, host_.dtype}; }
   void download(const View& to) {
     if (elements() > 0) device_.download(to.mutable_data(), storage_.view().col_slice(0, elements()));
   }

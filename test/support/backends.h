@@ -12,7 +12,7 @@ namespace distill::test {
 
 struct Backend {
   std::string name;
-  std::function<std::unique_ptr<Device>()> make;
+  std::function<std::shared_ptr<Device>()> make;
 };
 std::vector<Backend> backends();
 

@@ -1,4 +1,5 @@
-// Logits of a few positions, what the loss of the backend under test makes of them, and the comparison with the textbook.
+// Logits of a few positions, what the loss of the backend under test makes of them, and the comparison with the
+// textbook.
 #pragma once
 
 #include <algorithm>
