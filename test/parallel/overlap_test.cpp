@@ -66,32 +66,33 @@ void train_in_parallel(Communicator& world, bool shards, bool overlaps) {
   }
 }
 
-// Micro-batches through the stages of a pipeline and back, as a step of the trainer: every stage adds 1 on the way
-// forward and doubles on the way back.
+// Micro-batches through the stages of a pipeline and back, as a step of the trainer, with the memory that a model keeps
+// for it: every stage adds 1 on the way forward and doubles on the way back.
 void run_pipeline(Communicator& forward, Communicator& backward, int micros) {
   PipelineLinks links(forward, backward);
   const int stages = links.stages(), stage = links.stage(), slots = most_in_flight(stages, stage, micros);
   constexpr std::int64_t n = 3000;
   const std::vector<float> empty(n);
-  std::vector<std::vector<float>> in(static_cast<std::size_t>(slots), empty), out = in, to_previous(2, empty);
+  std::vector<std::vector<float>> in(static_cast<std::size_t>(slots + 1), empty), out(in), to_previous(2, empty);
   std::vector<float> from_next = empty;
-  const auto slot = [&](int m) { return std::size_t(m % slots); };
+  const auto input = [&](int m) -> std::vector<float>& { return in[std::size_t(m % (slots + 1))]; };
+  const auto output = [&](int m) -> std::vector<float>& { return out[std::size_t(m % slots)]; };
   const auto value = [](int m, std::int64_t i) { return float((m * 100 + i) % 500); };
-  links.expect_input(flat(in[0]));
+  links.expect_input(flat(input(0)));
   links.expect_gradient(flat(from_next));
   for (const PipelineTask& task : one_f_one_b(stages, stage, micros)) {
     const int m = task.micro;
     if (task.kind == PipelineTask::Kind::forward) {
       links.receive_input();
-      if (m + 1 < micros) links.expect_input(flat(in[slot(m + 1)]));
+      if (m + 1 < micros) links.expect_input(flat(input(m + 1)));
       for (std::int64_t i = 0; i < n; ++i)
-        out[slot(m)][std::size_t(i)] = (links.is_first() ? value(m, i) : in[slot(m)][std::size_t(i)]) + 1;
-      links.send_output(flat(out[slot(m)]), std::size_t(slots));
+        output(m)[std::size_t(i)] = (links.is_first() ? value(m, i) : input(m)[std::size_t(i)]) + 1;
+      links.send_output(flat(output(m)), std::size_t(slots));
       continue;
     }
     links.receive_gradient();
     for (std::int64_t i = 0; i < n; ++i) {
-      const float expected = value(m, i) + float(stages), of_output = out[slot(m)][std::size_t(i)];
+      const float expected = value(m, i) + float(stages), of_output = output(m)[std::size_t(i)];
       const float received = links.is_last() ? of_output : from_next[std::size_t(i)];
       check(of_output == value(m, i) + float(stage + 1), "output ", i, " of micro-batch ", m, ": ", of_output);
       check(received == expected * float(1 << (stages - 1 - stage)), "gradient ", i, " of micro-batch ", m, ": ",
