@@ -9,7 +9,7 @@
 
 namespace distill {
 
-// Why a model cannot be cut so; empty when it can. Any vocabulary can be cut by any tp.
+// Why a model cannot be cut so; empty when it can. A vocabulary of tp² ids or more leaves no rank without a column.
 std::string misfit(const ModelSpec& spec, int tp, int pp);
 
 // What to start: the models, with a teacher or without, and the ranks of each node.
