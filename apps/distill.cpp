@@ -36,11 +36,8 @@ std::vector<std::string> plan_hosts(const Communicator& world, int ranks) {
   return ranks > 0 ? std::vector<std::string>() : hosts_of(world);
 }
 
-Grid plan_grid(const Config& config, const Communicator& world, int ranks) {
-  const StrategyConfig& strategy = config.student.strategy_args.strategy_config;
-  const std::vector<int> nodes = ranks > 0 ? std::vector<int>(std::size_t(ranks), 0) : nodes_of(world);
-  return make_grid(nodes, strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size,
-                   config.needs_teacher(), plan_hosts(world, ranks));
+std::vector<int> plan_nodes(const Communicator& world, int ranks) {
+  return ranks > 0 ? std::vector<int>(std::size_t(ranks), 0) : nodes_of(world);
 }
 
 Patience patience_of(const Config& config) {
@@ -94,7 +91,7 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     if (speaks)
       for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
     if (command.command == Command::encode) return;
-    grid = plan_grid(file.config, world, command.ranks);
+    grid = plan_grid(file, plan_nodes(world, command.ranks), plan_hosts(world, command.ranks));
     // A check for other ranks than these does not know their threads. Training says what differs when it resumes.
     const auto differences =
         check_checkpoints(file, checkpoint_run(file.config, grid, command.ranks > 0 ? 0 : threads));

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <map>
 
+#include "apps/grid_advice.h"
 #include "core/distill/head_loss.h"
 #include "core/model/params.h"
 #include "io/model_folder.h"
@@ -74,41 +75,16 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
                                                                      : std::nullopt};
 }
 
-// Why a model cannot be cut so; empty when it can.
-std::string misfit(const ModelSpec& spec, int tp, int pp) {
-  if (spec.q_heads % tp != 0) return text(spec.q_heads, " attention heads are no multiple of tp_size ", tp);
-  if (spec.kv_heads % tp != 0 && tp % spec.kv_heads != 0)
-    return text(spec.kv_heads, " key/value heads and tp_size ", tp, " do not divide each other");
-  if (spec.feed_forward % tp != 0)
-    return text("intermediate_size ", spec.feed_forward, " is no multiple of tp_size ", tp);
-  if (spec.layers < pp) return text(spec.layers, " layers are fewer than pp_size ", pp);
-  return {};
-}
-
-// The grids of so many ranks a role that fit all models: "tp 1, pp 2, dp 4; …".
-std::string fitting_grids(const std::vector<const ModelSpec*>& models, int ranks) {
-  std::string grids;
-  for (int tp = 1; tp <= ranks; ++tp)
-    for (int pp = 1; tp * pp <= ranks; ++pp) {
-      if (ranks % (tp * pp) != 0) continue;
-      if (std::all_of(models.begin(), models.end(), [&](const ModelSpec* m) { return misfit(*m, tp, pp).empty(); }))
-        grids += text(grids.empty() ? "" : "; ", "tp ", tp, ", pp ", pp, ", dp ", ranks / (tp * pp));
-    }
-  return grids;
-}
-
-void check_grid_fits(const ConfigFile& file, const RunPlan& plan) {
-  const auto& [tp, pp, dp] = plan.grid.sizes;
-  std::vector<const ModelSpec*> models{&plan.student};
-  if (plan.teacher) models.push_back(&*plan.teacher);
-  for (const ModelSpec* model : models) {
-    const std::string problem = misfit(*model, tp, pp);
+// The sizes that were asked for must fit the models; what does not is said with the grids that do.
+void check_sizes_fit(const ConfigFile& file, const GridQuestion& question) {
+  for (const ModelSpec& model : question.models) {
+    const std::string problem = misfit(model, question.tp, question.pp);
+    if (problem.empty()) continue;
     const bool is_layers = problem.find("layers") != std::string::npos;
     const std::string key =
         text("student.strategy_args.strategy_config.", is_layers ? "pipeline" : "tensor", "_model_parallel_size");
-    check_input(problem.empty(), file.where(key), ": ", key, ": the ", model == &plan.student ? "student" : "teacher",
-                "'s ", problem, "; grids that fit ", tp * pp * dp, tp * pp * dp == 1 ? " rank" : " ranks",
-                " a role: ", fitting_grids(models, tp * pp * dp));
+    fail_input(file.where(key), ": ", key, ": the ", &model == &question.models.front() ? "student" : "teacher", "'s ",
+               problem, "; ", grid_advice(question));
   }
 }
 
@@ -263,6 +239,30 @@ void plan_steps(RunPlan& plan, const ConfigFile& file) {
 
 }  // namespace
 
+Grid plan_grid(const ConfigFile& file, std::span<const int> nodes, std::span<const std::string> hosts) {
+  const Config& config = file.config;
+  const StrategyConfig& strategy = config.student.strategy_args.strategy_config;
+  GridQuestion question{.models = {},
+                        .has_teacher = config.needs_teacher(),
+                        .node_ranks = {},
+                        .tp = strategy.tensor_model_parallel_size,
+                        .pp = strategy.pipeline_model_parallel_size};
+  const auto read = [&](const char* role, const std::string& folder) {
+    file.reading(model_key(file, role), [&] { question.models.push_back(read_model_spec(folder)); });
+  };
+  read("student", config.student.model_args.model_name_or_path);
+  if (config.needs_teacher()) read("teacher", config.teacher.model_args.model_name_or_path);
+  std::map<int, int> ranks_of;
+  for (const int node : nodes) ++ranks_of[node];
+  for (const auto& [_, ranks] : ranks_of) question.node_ranks.push_back(ranks);
+  check_sizes_fit(file, question);
+  try {
+    return make_grid(nodes, question.tp, question.pp, question.has_teacher, hosts);
+  } catch (const Error& error) {
+    throw Error(error.code(), text(error.what(), "; ", grid_advice(question)));
+  }
+}
+
 RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world, int threads, const Say& progress) {
   RunPlan plan;
   plan.config = file.config;
@@ -271,7 +271,6 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world,
   std::optional<Tokenizer> tokenizer;
   world.run_together([&] {
     read_models(plan, file, tokenizer);
-    check_grid_fits(file, plan);
     plan.cuts_tokens = config.student.strategy_args.strategy_config.sequence_parallel && plan.grid.sizes.tp > 1;
   });
   const DataArgs& data = config.student.data_args;

@@ -120,21 +120,6 @@ std::vector<std::string> hosts_of(const Communicator& world) {
   return hosts;
 }
 
-std::string describe(const Grid& grid, std::span<const std::string> hosts) {
-  std::ostringstream out;
-  out << "grid: tp " << grid.sizes.tp << ", dp " << grid.sizes.dp << ", pp " << grid.sizes.pp << ", "
-      << ranks(std::int64_t(grid.places.size())) << "\n";
-  out << "  rank  role     tp  dp  pp  partner  node\n";
-  for (std::size_t r = 0; r < grid.places.size(); ++r) {
-    const Place& place = grid.places[r];
-    out << std::setw(6) << r << "  " << std::left << std::setw(7) << name_of(place.role) << std::right << std::setw(4)
-        << place.tp_rank << std::setw(4) << place.dp_rank << std::setw(4) << place.pp_rank << std::setw(9)
-        << (place.partner < 0 ? "-" : std::to_string(place.partner)) << "  "
-        << (r < hosts.size() ? hosts[r] : std::to_string(place.node)) << "\n";
-  }
-  return out.str();
-}
-
 int role_rank(const GridSizes& sizes, const Place& place) {
   return place.tp_rank + sizes.tp * (place.dp_rank + sizes.dp * place.pp_rank);
 }
@@ -167,7 +152,42 @@ Seats seats_of(const Grid& grid, int rank, int kv_sharers) {
           .partners = {has_partner ? std::min(me.partner, rank) : -1, role}};
 }
 
+// "  tp groups: 0 1 | 2 3" by world rank; nothing where they are groups of one.
+std::string describe_groups(const Grid& grid, const char* name, Seat Seats::*kind) {
+  constexpr std::size_t most_shown = 16;
+  std::map<int, std::map<int, int>> by_color;  // color → key → rank
+  for (int rank = 0; rank < int(grid.places.size()); ++rank)
+    if (const Seat seat = seats_of(grid, rank, /*kv_sharers=*/1).*kind; seat.color >= 0)
+      by_color[seat.color][seat.key] = rank;
+  if (by_color.empty() || by_color.begin()->second.size() == 1) return {};
+  std::string line = text("  ", name, ":");
+  std::size_t shown = 0;
+  for (const auto& [_, ranks] : by_color) {
+    if (shown++ == most_shown) return text(line, " | … ", by_color.size(), " in all\n");
+    if (shown > 1) line += " |";
+    for (const auto& [__, rank] : ranks) line += text(' ', rank);
+  }
+  return line + "\n";
+}
+
 }  // namespace
+
+std::string describe(const Grid& grid, std::span<const std::string> hosts) {
+  std::ostringstream out;
+  out << "grid: tp " << grid.sizes.tp << ", dp " << grid.sizes.dp << ", pp " << grid.sizes.pp << ", "
+      << ranks(std::int64_t(grid.places.size())) << "\n";
+  out << "  rank  role     tp  dp  pp  partner  node\n";
+  for (std::size_t r = 0; r < grid.places.size(); ++r) {
+    const Place& place = grid.places[r];
+    out << std::setw(6) << r << "  " << std::left << std::setw(7) << name_of(place.role) << std::right << std::setw(4)
+        << place.tp_rank << std::setw(4) << place.dp_rank << std::setw(4) << place.pp_rank << std::setw(9)
+        << (place.partner < 0 ? "-" : std::to_string(place.partner)) << "  "
+        << (r < hosts.size() ? hosts[r] : std::to_string(place.node)) << "\n";
+  }
+  out << describe_groups(grid, "tp groups", &Seats::tp) << describe_groups(grid, "dp groups", &Seats::dp)
+      << describe_groups(grid, "pp groups", &Seats::pp) << describe_groups(grid, "embedding groups", &Seats::tied);
+  return out.str();
+}
 
 Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers) {
   check(int(grid.places.size()) == world.size(), "a grid of ", grid.places.size(), " ranks for ", world.size());

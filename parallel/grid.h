@@ -46,7 +46,7 @@ Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher, std
 std::vector<int> nodes_of(const Communicator& world);
 std::vector<std::string> hosts_of(const Communicator& world);
 
-// A small table of it, a line per rank. hosts: by world rank, or empty.
+// A small table of it, a line per rank, and which ranks form its groups. hosts: by world rank, or empty.
 std::string describe(const Grid& grid, std::span<const std::string> hosts = {});
 
 // The groups that this rank takes part in. Every rank of world calls it, and all are split from world: where shared

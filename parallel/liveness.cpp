@@ -131,6 +131,7 @@ void NodeLives::watch_far(int world_rank, int node, std::size_t index, int liste
 }
 
 void NodeLives::watch_nodes(std::chrono::milliseconds dead_after, Lost lost) {
+  if (far_.empty()) return;
   watcher_ = std::make_unique<SmallThread>([this, dead_after, lost = std::move(lost)](int stop) {
     pollfd wake{stop, POLLIN, 0};
     while (poll(&wake, 1, /*ms=*/100) <= 0)

@@ -292,7 +292,7 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")},
           "': student.data_args.file_name: " + shop.path("nothing.jsonl") + ": ", 2);
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"), 4);
-  refused({}, "3 ranks", 3);
+  refused({}, "distill: 3 ranks cannot be split into as many students as teachers", 3);
 }
 
 TEST_CASE("what keeps two ranks from starting after the plan is said once, without an abort", "[e2e]") {

@@ -99,11 +99,15 @@ TEST_CASE("what does not fit the nodes is said once, with the node's name") {
     CHECK_FALSE(fs::exists(workshop().path("wrong")));
   };
   refused("1,3", {},
-          "distill: 1 rank on node0 cannot be split into as many students as teachers: start 2 ranks on node0");
+          "distill: 1 rank on node0 cannot be split into as many students as teachers: start 2 ranks on node0, or set "
+          "distill_loss_weight: 0 to train without a teacher on any number; no grid fits 1 + 3 ranks on the nodes, "
+          "which are halved; grids (tp×pp×dp) that fit these models and 2 + 2 ranks on the nodes: 1×1×2, 1×2×1; "
+          "2 + 4 ranks on the nodes: 1×1×3");
   refused(
       "2", both_roles("tensor_model_parallel_size=2"),
       "distill: 2 ranks on node0 cannot be cut into groups of tp_size 2 for students and for teachers (a group stays "
-      "inside a node): start 4 ranks on node0");
+      "inside a node): start 4 ranks on node0; grids (tp×pp×dp) that fit these models and 2 + 2 ranks on the nodes: "
+      "1×1×2, 1×2×1");
 }
 
 namespace {

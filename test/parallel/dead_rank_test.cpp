@@ -147,7 +147,7 @@ TEST_CASE("a process that was stopped itself does not blame the others") {
   CHECK(other.wait() == 0);
 }
 
-TEST_CASE("a rank of another node is judged by what is heard of it") {
+TEST_CASE("a rank of another node is judged by what is heard of it", "[threads]") {
   const Cradle cradle(2);
   NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 2, 0);
   lives.watch_far(5, /*node=*/1, 1, /*listener=*/0);
@@ -183,7 +183,8 @@ TEST_CASE("where the rank that listens stops, other nodes are not blamed") {
              Contains("is no longer heard of: rank 1, which listens for this node, has shown no sign of life"));
 }
 
-TEST_CASE("a node that falls silent is noticed though nobody waits, one rank of it that stops is not its end") {
+TEST_CASE("a node that falls silent is noticed though nobody waits, one rank of it that stops is not its end",
+          "[threads]") {
   const Cradle cradle(4);
   NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 4, 0);
   lives.watch_far(7, /*node=*/1, 1, /*listener=*/0);

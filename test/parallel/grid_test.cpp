@@ -154,12 +154,23 @@ TEST_CASE("the table names every rank") {
         "     0  student   0   0   0        1  0\n"
         "     1  teacher   0   0   0        0  0\n"
         "     2  student   0   1   0        3  1\n"
-        "     3  teacher   0   1   0        2  1\n");
+        "     3  teacher   0   1   0        2  1\n"
+        "  dp groups: 0 2 | 1 3\n");
   const std::string hosts[] = {"node-a"};
   CHECK(describe(make_grid(one_node(1), 1, 1, false), hosts) ==
         "grid: tp 1, dp 1, pp 1, 1 rank\n"
         "  rank  role     tp  dp  pp  partner  node\n"
         "     0  student   0   0   0        -  node-a\n");
+}
+
+TEST_CASE("under the table stand the groups") {
+  const std::string table = describe(make_grid(one_node(24), 2, 3, true));
+  CHECK(table.substr(table.find("  tp groups")) ==
+        "  tp groups: 0 1 | 12 13 | 2 3 | 14 15 | 4 5 | 16 17 | 6 7 | 18 19 | 8 9 | 20 21 | 10 11 | 22 23\n"
+        "  dp groups: 0 2 | 12 14 | 1 3 | 13 15 | 4 6 | 16 18 | 5 7 | 17 19 | 8 10 | 20 22 | 9 11 | 21 23\n"
+        "  pp groups: 0 4 8 | 12 16 20 | 1 5 9 | 13 17 21 | 2 6 10 | 14 18 22 | 3 7 11 | 15 19 23\n"
+        "  embedding groups: 0 8 | 12 20 | 1 9 | 13 21 | 2 10 | 14 22 | 3 11 | 15 23\n");
+  CHECK_THAT(describe(make_grid(one_node(64), 2, 1, false)), Catch::Contains(" | 30 31 | … 32 in all\n"));
 }
 
 TEST_CASE("stages and ends of pipelines form groups") {
