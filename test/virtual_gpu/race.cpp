@@ -240,6 +240,9 @@ void __tsan_write_range(void* p, std::size_t bytes) { ACCESS(p, bytes, true); }
   T __tsan_atomic##bits##_fetch_sub(volatile T* p, T x, int) { return __atomic_fetch_sub(p, x, __ATOMIC_SEQ_CST); } \
   int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* old, T x, int, int) {                         \
     return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                       \
+  }                                                                                                                 \
+  int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* old, T x, int, int) {                           \
+    return __atomic_compare_exchange_n(p, old, x, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                        \
   }
 ATOMICS(8, std::uint8_t)
 ATOMICS(32, std::uint32_t)
