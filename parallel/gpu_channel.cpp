@@ -169,7 +169,7 @@ std::unique_ptr<LogitsSink> open_gpu_sink(Communicator& group, int student, cons
         std::make_shared<SharedSegment>(SharedSegment::create(control_bytes(shape), "the words of the logits channel"));
     start_channel(segment->data(), shape);
     end.memory = GroupMemory::Block(segment, segment->data());
-    return is_possible + bytes_of(handle) + handles + segment->name();
+    return is_possible + bytes_of(handle) + handles + segment->name() + '\n' + shape_text(shape);
   });
   group.send(offer.packed(), student);
   offer.check();
@@ -200,14 +200,18 @@ std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher,
     constexpr std::size_t events_at = 1 + sizeof(cudaIpcMemHandle_t);
     const std::size_t name_at = events_at + std::size_t(shape.slots) * sizeof(cudaIpcEventHandle_t);
     check(offer.payload.size() > name_at, "the logits channel: the two ends disagree on the number of slots");
+    const std::size_t shape_at = offer.payload.rfind('\n') + 1;
+    const std::string there = offer.payload.substr(shape_at), here = shape_text(shape);
+    check(here == there, "the logits channel between ", name_of(end.self), " and ", name_of(end.other), " has ", there,
+          " on one side and ", here, " on the other");
     void* memory = nullptr;
     const cudaError_t result =
         cudaIpcOpenMemHandle(&memory, handle_at<cudaIpcMemHandle_t>(offer.payload, 1), cudaIpcMemLazyEnablePeerAccess);
     if (const auto no = obstacle_of(result, "cudaIpcOpenMemHandle"); !no.empty()) return is_impossible + no;
     parts.opened.reset(memory);
     parts.theirs = open_events(shape.slots, offer.payload, events_at);
-    const auto segment =
-        std::make_shared<SharedSegment>(SharedSegment::open(offer.payload.substr(name_at), control_bytes(shape)));
+    const auto segment = std::make_shared<SharedSegment>(
+        SharedSegment::open(offer.payload.substr(name_at, shape_at - 1 - name_at), control_bytes(shape)));
     end.memory = GroupMemory::Block(segment, segment->data());
     std::string handles;
     parts.mine = make_events(shape.slots, handles);
