@@ -8,10 +8,13 @@
 //   threadIdx, __syncthreads, __shfl_*_sync, votes, atomics, __ldg, __expf …: as in CUDA
 //   mma_m16n8k16, ldmatrix_x4, copy_async_16 …: below, the only way to tensor cores and asynchronous copies
 //
-// A plain `__shared__` or `<<< >>>` does not compile under the host compiler.
+// A plain `__shared__` or a launch in angle brackets does not compile under the host compiler.
 #pragma once
 
 #if defined(__CUDACC__)
+
+// Before a loop whose arrays must live in registers: nvcc is told to unroll it. The host compiler needs no telling.
+#define UNROLL _Pragma("unroll")
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,6 +26,8 @@
   T* const name = reinterpret_cast<T*>(name##_bytes)
 
 #else
+
+#define UNROLL
 
 #include "virtual_gpu/device.h"
 
@@ -170,6 +175,11 @@ void launch(void (*kernel)(P...), const Grid& grid, cudaStream_t stream, const A
   static_assert(sizeof...(P) == sizeof...(A), "the kernel takes another number of arguments");
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
   make_launchable(kernel);
+  constexpr std::size_t given_without_asking = 48 << 10;
+  if (grid.shared_bytes > given_without_asking)
+    cuda_check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    int(grid.shared_bytes)),
+               grid.where);
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;
   config.blockDim = grid.threads;
