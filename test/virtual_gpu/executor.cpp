@@ -303,6 +303,7 @@ bool run_block(const LaunchShape& shape, uint3 index) {
   races_begin_block(index.x + shape.grid.x * (index.y + shape.grid.y * index.z));
   if (e.dynamic_bytes > 0) std::memset(e.shared, 0xFF, e.dynamic_bytes);
   e.current = &e.main;
+  e.main.stack = nullptr;  // perhaps another thread's than last time
   switch_to(idle_fiber());
   e.running = nullptr;
   if (!e.faulted && e.finished != e.total) {

@@ -250,11 +250,16 @@ TEST_CASE("a launch that CUDA would refuse says so at the caller's line") {
   CHECK_THAT(message(Grid(1, 1025)),
              Catch::Contains("cudaErrorInvalidConfiguration") && Catch::Contains("executor_test.cpp:"));
   cudaGetLastError();
-  CHECK_THAT(message(Grid(1, 32, 49 << 10)), Catch::Contains("cudaErrorInvalidValue"));
+  CHECK_THAT(message(Grid(1, 32, 228 << 10)), Catch::Contains("cudaErrorInvalidValue"));
   cudaGetLastError();
-  CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(&which), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             49 << 10) == cudaSuccess);
+  // More than 48 KiB must be asked for, which launch() does.
+  cudaLaunchConfig_t config{};
+  config.gridDim = config.blockDim = dim3(1);
+  config.dynamicSmemBytes = 49 << 10;
+  CHECK(cudaLaunchKernelEx(&config, which, out) == cudaErrorInvalidValue);
+  cudaGetLastError();
   CHECK(message(Grid(1, 1, 49 << 10)).empty());
+  CHECK(cudaLaunchKernelEx(&config, which, out) == cudaSuccess);
   CHECK(message(Grid(0, 32)).empty());
   cudaFree(out);
 }

@@ -161,6 +161,7 @@ extern thread_local int current_device;
 
 // Work goes on by itself from now on: another process waits for ours.
 void need_background();
+void stop_background();  // the process ends
 
 // The stream of a handle, or nullptr with a report when it was destroyed.
 std::shared_ptr<Stream> stream_of(cudaStream_t handle);

@@ -32,7 +32,7 @@ struct RankSlot {
   Call call;
 };
 struct Shared {
-  std::atomic<int> ranks, joined;
+  std::atomic<int> ranks, joined, ready;  // ready: has opened what all others share
   RankSlot slots[most_ranks];
 };
 struct WireId {
@@ -360,25 +360,31 @@ ncclResult_t join_ranks(Held& held, Comm& c, const WireId& id) {
   c.mine().outbox = c.outbox;
   c.mine().device = state().visible[static_cast<std::size_t>(c.device)];
   ++c.shared->joined;
-  for (int waited = 0; c.shared->joined < c.ranks; ++waited) {
-    if (kill(id.pid, 0) != 0 || waited > 60000) return ncclSystemError;
-    held.unlock();
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    held.lock();
-  }
-  for (int r = 0; r < c.ranks; ++r) {
+  const auto wait_for_all = [&](const std::atomic<int>& count) {
+    for (int waited = 0; count < c.ranks; ++waited) {
+      if (kill(id.pid, 0) != 0 || waited > 60000) return false;
+      held.unlock();
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      held.lock();
+    }
+    return true;
+  };
+  if (!wait_for_all(c.shared->joined)) return ncclSystemError;
+  for (int r = 0; r < c.ranks; ++r)
     for (int other = 0; other < r; ++other)
       if (c.slot(r).device == c.slot(other).device) {
         report("duplicate device",
                join("ranks ", other, " and ", r, " of one NCCL communicator use device ", c.slot(r).device.load()));
         return ncclInvalidUsage;
       }
+  for (int r = 0; r < c.ranks; ++r) {
     const int outbox = open_file(c.slot(r).pid, c.slot(r).outbox);
     c.boxes.push_back(outbox < 0 ? nullptr : static_cast<char*>(map_file(outbox, outbox_bytes)));
     if (outbox >= 0) close(outbox);
     if (c.boxes.back() == nullptr) return ncclSystemError;
   }
-  return ncclSuccess;
+  ++c.shared->ready;
+  return wait_for_all(c.shared->ready) ? ncclSuccess : ncclSystemError;
 }
 
 ncclResult_t remove(ncclComm_t handle) {

@@ -24,6 +24,7 @@ std::vector<Report>& reports() {
 // At the end of the process: what is still alive is a leak, and reports that nobody took are a failure.
 void at_exit(int status, void* owner) {
   if (getpid() != static_cast<pid_t>(reinterpret_cast<std::intptr_t>(owner))) return;
+  stop_background();
   report_leaks();
   const std::lock_guard held(reports_lock);
   if (reports().empty() || status != 0) return;

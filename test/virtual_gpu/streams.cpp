@@ -20,6 +20,7 @@ thread_local int current_device = 0;
 namespace {
 
 State* the_state = nullptr;
+bool closing = false;
 
 // The first error of this thread that the program has not asked about.
 thread_local const char* unread_call = nullptr;
@@ -347,6 +348,7 @@ void need_background() {
       while (true) {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
         Held held(lock);
+        if (closing) return;
         if (the_state == nullptr || getpid() != the_state->owner) continue;
         while (run_one(held)) {
         }
@@ -355,6 +357,11 @@ void need_background() {
     return true;
   }();
   static_cast<void>(once);
+}
+
+void stop_background() {
+  const Held held(lock);
+  closing = true;
 }
 
 bool check_range(const char* what, const void* address, std::size_t bytes, bool now) {
