@@ -36,23 +36,6 @@ std::string template_key(const ConfigFile& file, std::string_view data_key) {
   return file.written.contains(own) ? own : "student.data_args.template";
 }
 
-// While one rank works for the others they wait as long as it lives, and need not be told that they do.
-class WaitForWork {
- public:
-  explicit WaitForWork(Communicator& world) : world_(world), before_(world.patience()) {
-    Patience endless = before_;
-    endless.peer_timeout = endless.stall_report = std::chrono::hours(24 * 365);
-    world_.set_patience(endless);
-  }
-  ~WaitForWork() { world_.set_patience(before_); }
-  WaitForWork(const WaitForWork&) = delete;
-  WaitForWork& operator=(const WaitForWork&) = delete;
-
- private:
-  Communicator& world_;
-  Patience before_;
-};
-
 // The ranks that wait leave their cores to the one that works.
 int threads_of_node(const Communicator& world, int threads) {
   const int cores = int(std::thread::hardware_concurrency()), all = threads * int(ranks_of_node(world).size());

@@ -34,11 +34,8 @@ std::vector<std::string> plan_hosts(const Communicator& world, int ranks) {
   return ranks > 0 ? std::vector<std::string>() : hosts_of(world);
 }
 
-Grid plan_grid(const Config& config, const Communicator& world, int ranks) {
-  const StrategyConfig& strategy = config.student.strategy_args.strategy_config;
-  const std::vector<int> nodes = ranks > 0 ? std::vector<int>(std::size_t(ranks), 0) : nodes_of(world);
-  return make_grid(nodes, strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size,
-                   config.needs_teacher(), plan_hosts(world, ranks));
+std::vector<int> plan_nodes(const Communicator& world, int ranks) {
+  return ranks > 0 ? std::vector<int>(std::size_t(ranks), 0) : nodes_of(world);
 }
 
 Patience patience_of(const Config& config) {
@@ -92,13 +89,14 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     if (speaks)
       for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
     if (command.command == Command::encode) return;
-    grid = plan_grid(file.config, world, command.ranks);
+    grid = plan_grid(file, plan_nodes(world, command.ranks), plan_hosts(world, command.ranks));
     // A check for other ranks than these does not know their threads. Training says what differs when it resumes.
     const auto differences =
         check_checkpoints(file, checkpoint_run(file.config, grid, command.ranks > 0 ? 0 : threads));
     if (speaks && command.command == Command::check)
       for (const std::string& difference : differences) std::cerr << "warning: " << difference << std::endl;
   });
+  mpi.watch_nodes(world.patience().peer_dead_after);
   const Say progress = progress_line(speaks);
   if (command.command == Command::encode) {
     encode_and_keep(world, file, threads, say, progress);
@@ -128,33 +126,23 @@ void spin_briefly(char** argv) {
 
 // What all ranks know of is one message and one exit code; they end together.
 int leave(MpiSession& mpi, const CommonError& error) {
-  if (mpi.world().rank() == 0) std::cerr << "distill: " << error.what() << std::endl;
+  if (mpi.me().world_rank == 0) std::cerr << "distill: " << error.what() << std::endl;
   return int(error.code());
 }
 
 // What one rank cannot survive ends all of them.
 int end_run(MpiSession& mpi, const char* message, ExitCode code) {
-  const Communicator& world = mpi.world();
-  if (world.size() == 1) {
+  if (mpi.ranks() == 1) {
     std::cerr << "distill: " << message << std::endl;
     return int(code);
   }
-  std::cerr << "distill: " << name_of(world.members()[std::size_t(world.rank())]) << ": " << message << std::endl;
+  std::cerr << "distill: " << name_of(mpi.me()) << ": " << message << std::endl;
   mpi.abort_all(int(code));
 }
 
-}  // namespace
-}  // namespace distill
-
-// The only handler.
-int main(int argc, char** argv) {
-  using namespace distill;
-  spin_briefly(argv);
-  take_stop_signals();
-  const Clock::time_point started = Clock::now();
-  MpiSession mpi(argc, argv);
+int run_with_mpi(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::time_point started) {
   try {
-    return int(run(mpi, std::vector<std::string>(argv + 1, argv + argc), started));
+    return int(run(mpi, arguments, started));
   } catch (const CommonError& error) {
     return leave(mpi, error);
   } catch (const Error& error) {
@@ -162,4 +150,20 @@ int main(int argc, char** argv) {
   } catch (const std::exception& error) {
     return end_run(mpi, error.what(), ExitCode::internal);
   }
+}
+
+}  // namespace
+}  // namespace distill
+
+// The only handlers: here of what fails before MPI has begun.
+int main(int argc, char** argv) try {
+  using namespace distill;
+  spin_briefly(argv);
+  take_stop_signals();
+  const Clock::time_point started = Clock::now();
+  MpiSession mpi(argc, argv);
+  return run_with_mpi(mpi, std::vector<std::string>(argv + 1, argv + argc), started);
+} catch (const std::exception& error) {
+  std::cerr << "distill: " << error.what() << std::endl;
+  return int(distill::ExitCode::internal);
 }

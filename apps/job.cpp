@@ -95,13 +95,19 @@ std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, c
   return sinks;
 }
 
+// run_together where ranks wait for the slowest as long as it takes.
+void run_long(Communicator& group, const std::function<void()>& work) {
+  const WaitForWork patience(group);
+  group.run_together(work);
+}
+
 }  // namespace
 
 ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_point started, const Say& say) {
   Communicator& world = mpi.world();
   const Config& config = plan.config;
   const Place& place = plan.grid.places[std::size_t(world.rank())];
-  const Groups groups = make_groups(world, plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp));
+  Groups groups = make_groups(world, plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp));
   const bool leads = world.rank() == 0;  // the first student: writes what is written once
   std::optional<RunFolder> folder;
   world.run_together([&] {
@@ -117,9 +123,11 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
 
   // Each step of the preparation succeeds on all ranks or on none, so that what is wrong is said once.
   const bool studies = is_student(place.role), teaches = plan.teacher && is_teacher(place.role);
+  // Students keep the time. Their validations and checkpoints take as long as they take, and a teacher waits meanwhile.
+  if (!studies) groups.set_patience(world.patience().while_alive());
   std::optional<StudentSide> student;
   std::optional<TeacherSide> teacher;
-  world.run_together([&] {
+  run_long(world, [&] {
     if (studies) student.emplace(*device, plan, sizes, place, groups);
     if (teaches) teacher.emplace(*device, plan, sizes, place, *groups.tp);
   });
@@ -132,7 +140,8 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
                                *groups.role, warn);
   TrainState state;
   std::vector<std::unique_ptr<MetricSink>> sinks;
-  world.run_together([&] {
+  run_long(world, [&] {
+    const WaitForWork patience(*groups.role);
     if (studies) state = resume(plan, checkpoints, *student, say);
     if (leads) sinks = open_outputs(*folder, plan, state.step, warn);
   });
@@ -150,7 +159,10 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   hooks.report = [&](const MetricRecord& record) {
     for (const auto& metrics : sinks) metrics->write(record);
   };
-  hooks.save = [&](const TrainState& at) { checkpoints.save(at, student->state(CheckpointUse::save)); };
+  hooks.save = [&](const TrainState& at) {
+    const WaitForWork patience(*groups.role);
+    checkpoints.save(at, student->state(CheckpointUse::save));
+  };
   bool is_late = false;
   hooks.stop_requested = [&] {
     is_late = leads && config.max_time && Clock::now() - started >= *config.max_time;  // one clock decides for all
@@ -168,7 +180,7 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
              plan.total_steps, "; run the same command with resume_from_checkpoint=true to go on"));
     return ExitCode::interrupted;
   }
-  groups.role->run_together([&] {
+  run_long(*groups.role, [&] {
     const std::string out = leads ? folder->file("export") : "";
     export_student(out, plan, *device, *student, *groups.role);
     if (!leads) return;

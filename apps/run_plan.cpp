@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <map>
 
+#include "apps/grid_advice.h"
 #include "core/distill/head_loss.h"
 #include "core/model/params.h"
 #include "io/model_folder.h"
@@ -74,41 +75,16 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
                                                                      : std::nullopt};
 }
 
-// Why a model cannot be cut so; empty when it can.
-std::string misfit(const ModelSpec& spec, int tp, int pp) {
-  if (spec.q_heads % tp != 0) return text(spec.q_heads, " attention heads are no multiple of tp_size ", tp);
-  if (spec.kv_heads % tp != 0 && tp % spec.kv_heads != 0)
-    return text(spec.kv_heads, " key/value heads and tp_size ", tp, " do not divide each other");
-  if (spec.feed_forward % tp != 0)
-    return text("intermediate_size ", spec.feed_forward, " is no multiple of tp_size ", tp);
-  if (spec.layers < pp) return text(spec.layers, " layers are fewer than pp_size ", pp);
-  return {};
-}
-
-// The grids of so many ranks a role that fit all models: "tp 1, pp 2, dp 4; …".
-std::string fitting_grids(const std::vector<const ModelSpec*>& models, int ranks) {
-  std::string grids;
-  for (int tp = 1; tp <= ranks; ++tp)
-    for (int pp = 1; tp * pp <= ranks; ++pp) {
-      if (ranks % (tp * pp) != 0) continue;
-      if (std::all_of(models.begin(), models.end(), [&](const ModelSpec* m) { return misfit(*m, tp, pp).empty(); }))
-        grids += text(grids.empty() ? "" : "; ", "tp ", tp, ", pp ", pp, ", dp ", ranks / (tp * pp));
-    }
-  return grids;
-}
-
-void check_grid_fits(const ConfigFile& file, const RunPlan& plan) {
-  const auto& [tp, pp, dp] = plan.grid.sizes;
-  std::vector<const ModelSpec*> models{&plan.student};
-  if (plan.teacher) models.push_back(&*plan.teacher);
-  for (const ModelSpec* model : models) {
-    const std::string problem = misfit(*model, tp, pp);
+// The sizes that were asked for must fit the models; what does not is said with the grids that do.
+void check_sizes_fit(const ConfigFile& file, const GridQuestion& question) {
+  for (const ModelSpec& model : question.models) {
+    const std::string problem = misfit(model, question.tp, question.pp);
+    if (problem.empty()) continue;
     const bool is_layers = problem.find("layers") != std::string::npos;
     const std::string key =
         text("student.strategy_args.strategy_config.", is_layers ? "pipeline" : "tensor", "_model_parallel_size");
-    check_input(problem.empty(), file.where(key), ": ", key, ": the ", model == &plan.student ? "student" : "teacher",
-                "'s ", problem, "; grids that fit ", tp * pp * dp, tp * pp * dp == 1 ? " rank" : " ranks",
-                " a role: ", fitting_grids(models, tp * pp * dp));
+    fail_input(file.where(key), ": ", key, ": the ", &model == &question.models.front() ? "student" : "teacher", "'s ",
+               problem, "; ", grid_advice(question));
   }
 }
 
@@ -131,8 +107,51 @@ void check_run_folders(const ConfigFile& file) {
   check_can_write(file, "logging_dir", config.log_dir());
 }
 
+// What may travel from teacher to student: with `auto` that is decided when the run begins.
+std::vector<Payload> possible_payloads(const Config& config) {
+  if (config.teacher_payload == TeacherPayload::logits) return {Payload::logits};
+  if (config.teacher_payload == TeacherPayload::hidden) return {Payload::hidden};
+  return {Payload::logits, Payload::hidden};
+}
+
+// Of the channel to a student of the last stage; by messages it is a group of the two.
+std::size_t most_channel_bytes(const RunPlan& plan, const Place& student) {
+  if (plan.config.logits_transfer_backend == LogitsTransfer::network) return shared_group_bytes(2);
+  std::size_t most = 0;
+  for (const Payload payload : possible_payloads(plan.config))
+    most = std::max(most, channel_bytes(channel_shape(plan, student, payload)));
+  return most;
+}
+
+std::size_t data_bytes(const DataSet& data) {
+  return data.samples.tokens().size_bytes() + data.samples.offsets().size_bytes() +
+         data.samples.prompt_lengths().size_bytes();
+}
+
+// Warns where a node of the run needs more shared memory than there is here. has_begun: the ranks of the plan are those
+// of this run, and what they share already is no longer available.
+template <class Warn>
+void check_shared_memory(const RunPlan& plan, bool has_begun, const Warn& warn) {
+  const int ranks = int(plan.grid.places.size());
+  std::map<int, std::size_t> groups = group_bytes(plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp)), channels;
+  if (ranks > 1 && !has_begun)  // `check --ranks`: all are planned on one node
+    groups[0] +=
+        shared_group_bytes(ranks) + data_bytes(plan.train) + (plan.validation ? data_bytes(*plan.validation) : 0);
+  for (const Place& place : plan.grid.places)
+    if (place.role == Role::student && place.partner >= 0 && place.pp_rank + 1 == plan.grid.sizes.pp)
+      channels[place.node] += most_channel_bytes(plan, place);
+  std::size_t of_groups = 0, of_channels = 0;  // on the node that needs most
+  for (const auto& [node, bytes] : groups)
+    if (bytes + channels[node] > of_groups + of_channels) of_groups = bytes, of_channels = channels[node];
+  if (const auto available = shared_memory_available(); of_groups + of_channels > available)
+    warn("a node needs ", bytes_text(double(of_groups)), " of shared memory for groups of ranks and ",
+         bytes_text(double(of_channels)), " for logits channels, /dev/shm has ", bytes_text(double(available)),
+         " here: give it more, start fewer ranks a node",
+         of_channels > 0 ? ", lower logits_chunk or logits_ring_slots" : "");
+}
+
 // What is legal and yet may not be meant.
-std::vector<std::string> warnings_about(const RunPlan& plan) {
+std::vector<std::string> warnings_about(const RunPlan& plan, bool has_begun) {
   const Config& config = plan.config;
   std::vector<std::string> warnings;
   const auto warn = [&](const auto&... parts) { warnings.push_back(text(parts...)); };
@@ -166,19 +185,7 @@ std::vector<std::string> warnings_about(const RunPlan& plan) {
   if (balances(config.student) && !config.student.use_sequence_packing)
     warn(
         "student.sequence_packing_args.algorithm: load_balance changes nothing: student.use_sequence_packing is false");
-  if (plan.teacher && int(plan.grid.places.size()) > ranks &&
-      config.logits_transfer_backend == LogitsTransfer::shared_memory &&
-      config.teacher_payload != TeacherPayload::hidden) {
-    std::map<int, std::size_t> needed;  // bytes by node
-    for (const Place& place : plan.grid.places)
-      if (place.role == Role::student && place.pp_rank + 1 == plan.grid.sizes.pp)
-        needed[place.node] += channel_bytes(channel_shape(plan, place, Payload::logits));
-    std::size_t most = 0;
-    for (const auto& [node, bytes] : needed) most = std::max(most, bytes);
-    if (const auto available = shared_memory_available(); most > available)
-      warn("the logits channels of a node need ", bytes_text(double(most)), " of shared memory, /dev/shm has ",
-           bytes_text(double(available)), " here: lower logits_chunk or logits_ring_slots");
-  }
+  check_shared_memory(plan, has_begun, warn);
   return warnings;
 }
 
@@ -232,6 +239,30 @@ void plan_steps(RunPlan& plan, const ConfigFile& file) {
 
 }  // namespace
 
+Grid plan_grid(const ConfigFile& file, std::span<const int> nodes, std::span<const std::string> hosts) {
+  const Config& config = file.config;
+  const StrategyConfig& strategy = config.student.strategy_args.strategy_config;
+  GridQuestion question{.models = {},
+                        .has_teacher = config.needs_teacher(),
+                        .node_ranks = {},
+                        .tp = strategy.tensor_model_parallel_size,
+                        .pp = strategy.pipeline_model_parallel_size};
+  const auto read = [&](const char* role, const std::string& folder) {
+    file.reading(model_key(file, role), [&] { question.models.push_back(read_model_spec(folder)); });
+  };
+  read("student", config.student.model_args.model_name_or_path);
+  if (config.needs_teacher()) read("teacher", config.teacher.model_args.model_name_or_path);
+  std::map<int, int> ranks_of;
+  for (const int node : nodes) ++ranks_of[node];
+  for (const auto& [_, ranks] : ranks_of) question.node_ranks.push_back(ranks);
+  check_sizes_fit(file, question);
+  try {
+    return make_grid(nodes, question.tp, question.pp, question.has_teacher, hosts);
+  } catch (const Error& error) {
+    throw Error(error.code(), text(error.what(), "; ", grid_advice(question)));
+  }
+}
+
 RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world, int threads, const Say& progress) {
   RunPlan plan;
   plan.config = file.config;
@@ -240,7 +271,6 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world,
   std::optional<Tokenizer> tokenizer;
   world.run_together([&] {
     read_models(plan, file, tokenizer);
-    check_grid_fits(file, plan);
     plan.cuts_tokens = config.student.strategy_args.strategy_config.sequence_parallel && plan.grid.sizes.tp > 1;
   });
   const DataArgs& data = config.student.data_args;
@@ -254,7 +284,7 @@ RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world,
   world.run_together([&] {
     plan_steps(plan, file);
     check_run_folders(file);
-    plan.warnings = warnings_about(plan);
+    plan.warnings = warnings_about(plan, world.size() == int(grid.places.size()));
   });
   return plan;
 }
@@ -359,6 +389,18 @@ std::string describe_data(const char* what, const DataSet& data) {
   return out + "\n";
 }
 
+// "1.20 MiB of logits", or of hidden states, or of either.
+std::string describe_slot(const RunPlan& plan) {
+  std::string out;
+  for (const Payload payload : possible_payloads(plan.config)) {
+    const ChannelShape shape = channel_shape(plan, Place{}, payload);
+    const double bytes = double(shape.positions) * double(shape.columns) * double(size_of(shape.dtype));
+    out += text(out.empty() ? "" : " or ", bytes_text(bytes),
+                payload == Payload::logits ? " of logits" : " of hidden states");
+  }
+  return out;
+}
+
 }  // namespace
 
 std::string describe(const RunPlan& plan) {
@@ -383,8 +425,6 @@ std::string describe(const RunPlan& plan) {
               training.lr_scheduler_type, " schedule, peak rate ", training.learning_rate, ", ", plan.warmup_steps,
               " warm-up steps\n");
   if (plan.teacher) {
-    const double slot = double(plan.logits_chunk) * double(head_part(plan, *plan.teacher, 0).columns) *
-                        double(size_of(config.teacher.model_args.dtype));
     out += text("  loss: ", 1 - config.distill_loss_weight, " × cross-entropy + ", config.distill_loss_weight, " × ",
                 objective_names[std::size_t(config.kd_objective)], " at temperature ", config.kd_temperature,
                 config.logits_topk > 0 ? text(", top ", config.logits_topk, " (",
@@ -392,7 +432,7 @@ std::string describe(const RunPlan& plan) {
                                        : "",
                 "; teacher logits in chunks of ", plan.logits_chunk, " positions");
     if (plan.grid.places.size() > 1)
-      out += text(", a ring of ", config.logits_ring_slots, " × ", bytes_text(slot),
+      out += text(", a ring of ", config.logits_ring_slots, " × ", describe_slot(plan),
                   config.logits_transfer_backend == LogitsTransfer::network ? " by messages" : " in shared memory",
                   " per student of the last stage");
     out += "\n";

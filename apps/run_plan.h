@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,10 @@ struct RunPlan {
   bool cuts_tokens = false;           // sequence parallel, both roles
   std::vector<std::string> warnings;  // one line each
 };
+
+// The grid of a configuration on ranks of these nodes (grid.h). Reads the models' config.json: where counts or sizes do
+// not fit, the error names the grids that fit the models.
+Grid plan_grid(const ConfigFile& file, std::span<const int> nodes, std::span<const std::string> hosts);
 
 // Reads models, tokenizers and data of a configuration; all ranks of world call it. `threads` of each rank may encode;
 // `progress` shows how far that is. What is wrong is a CommonError.

@@ -43,6 +43,13 @@ struct Patience {
   std::chrono::milliseconds peer_timeout = std::chrono::minutes(10);     // alive, but gives nothing
   std::chrono::milliseconds stall_report = std::chrono::seconds(30);     // once per wait: report who waits for whom
   std::function<void(const std::string&)> report;                        // takes that line; stderr when empty
+
+  // The same for waits that last as long as the other lives, and are no stall.
+  Patience while_alive() const {
+    Patience endless = *this;
+    endless.peer_timeout = endless.stall_report = std::chrono::hours(24 * 365);
+    return endless;
+  }
 };
 
 // An error that every rank of a group throws: one of them prints it, none has to end the others.
@@ -146,6 +153,22 @@ class Communicator {
   Patience patience_;
   int exceptions_at_start_;
   Lane collectives_, sends_, receives_;
+};
+
+// While it lives, waits in this group last as long as the others live: for what takes some ranks as long as it takes,
+// reading, a checkpoint, the export.
+class WaitForWork {
+ public:
+  explicit WaitForWork(Communicator& group) : group_(group), before_(group.patience()) {
+    group_.set_patience(before_.while_alive());
+  }
+  ~WaitForWork() { group_.set_patience(before_); }
+  WaitForWork(const WaitForWork&) = delete;
+  WaitForWork& operator=(const WaitForWork&) = delete;
+
+ private:
+  Communicator& group_;
+  Patience before_;
 };
 
 // A group of one.

@@ -232,7 +232,8 @@ struct SequencePackingArgs {
 
   template <class Self, class V>
   static void visit(Self& s, V& v) {
-    v("algorithm", s.algorithm, anything, "load_balance: the sequences of a step are spread so that data-parallel ranks have the same work");
+    v("algorithm", s.algorithm, anything,
+      "load_balance: the sequences of a step are spread so that data-parallel ranks have the same work");
   }
 };
 
@@ -387,7 +388,8 @@ struct Config {
     v("logits_chunk", s.logits_chunk, at_least(1), "positions per ring slot");
     v("logits_ring_slots", s.logits_ring_slots, at_least(1), "chunks the teacher may be ahead");
     v("peer_dead_after", s.peer_dead_after, positive, "silence of another rank that counts as its end");
-    v("peer_timeout", s.peer_timeout, positive, "longest wait for a rank that is alive");
+    v("peer_timeout", s.peer_timeout, positive,
+      "longest wait for a rank that is alive; teachers wait as long as students live");
     v("max_time", s.max_time, positive, "wall-clock limit, e.g. 3h55m: save and leave with exit code 85");
     v("max_nonfinite_steps", s.max_nonfinite_steps, at_least(1),
       "steps in a row without finite numbers that end a run");

@@ -4,6 +4,9 @@
 #include <iomanip>
 #include <map>
 #include <sstream>
+#include <utility>
+
+#include "parallel/parallel.h"
 
 namespace distill {
 
@@ -117,6 +120,58 @@ std::vector<std::string> hosts_of(const Communicator& world) {
   return hosts;
 }
 
+int role_rank(const GridSizes& sizes, const Place& place) {
+  return place.tp_rank + sizes.tp * (place.dp_rank + sizes.dp * place.pp_rank);
+}
+
+namespace {
+
+// Where a rank belongs in one kind of group: ranks of one color form a group, ordered by key; a negative color is none.
+struct Seat {
+  int color, key;
+};
+struct Seats {
+  Seat role, tp, dp, pp, kv, tied, partners;
+};
+
+// Colors differ between the roles, so that every group can be split from the world.
+Seats seats_of(const Grid& grid, int rank, int kv_sharers) {
+  const Place& me = grid.places[std::size_t(rank)];
+  const GridSizes& sizes = grid.sizes;
+  const int role = is_student(me.role) ? 0 : 1, block = me.dp_rank + sizes.dp * me.pp_rank,
+            pipeline = me.tp_rank + sizes.tp * me.dp_rank;
+  const auto color = [&](int within_role) { return 2 * within_role + role; };
+  const bool is_end = sizes.pp > 1 && (me.pp_rank == 0 || me.pp_rank == sizes.pp - 1),
+             has_partner = me.partner >= 0 && me.partner != rank;
+  return {.role = {role, role_rank(sizes, me)},
+          .tp = {color(block), me.tp_rank},
+          .dp = {color(me.tp_rank + sizes.tp * me.pp_rank), me.dp_rank},
+          .pp = {color(pipeline), me.pp_rank},
+          .kv = {color(block * (sizes.tp / kv_sharers) + me.tp_rank / kv_sharers), me.tp_rank},
+          .tied = {is_end ? color(pipeline) : -1, me.pp_rank},
+          .partners = {has_partner ? std::min(me.partner, rank) : -1, role}};
+}
+
+// "  tp groups: 0 1 | 2 3" by world rank; nothing where they are groups of one.
+std::string describe_groups(const Grid& grid, const char* name, Seat Seats::*kind) {
+  constexpr std::size_t most_shown = 16;
+  std::map<int, std::map<int, int>> by_color;  // color → key → rank
+  for (int rank = 0; rank < int(grid.places.size()); ++rank)
+    if (const Seat seat = seats_of(grid, rank, /*kv_sharers=*/1).*kind; seat.color >= 0)
+      by_color[seat.color][seat.key] = rank;
+  if (by_color.empty() || by_color.begin()->second.size() == 1) return {};
+  std::string line = text("  ", name, ":");
+  std::size_t shown = 0;
+  for (const auto& [_, ranks] : by_color) {
+    if (shown++ == most_shown) return text(line, " | … ", by_color.size(), " in all\n");
+    if (shown > 1) line += " |";
+    for (const auto& [__, rank] : ranks) line += text(' ', rank);
+  }
+  return line + "\n";
+}
+
+}  // namespace
+
 std::string describe(const Grid& grid, std::span<const std::string> hosts) {
   std::ostringstream out;
   out << "grid: tp " << grid.sizes.tp << ", dp " << grid.sizes.dp << ", pp " << grid.sizes.pp << ", "
@@ -129,35 +184,50 @@ std::string describe(const Grid& grid, std::span<const std::string> hosts) {
         << (place.partner < 0 ? "-" : std::to_string(place.partner)) << "  "
         << (r < hosts.size() ? hosts[r] : std::to_string(place.node)) << "\n";
   }
+  out << describe_groups(grid, "tp groups", &Seats::tp) << describe_groups(grid, "dp groups", &Seats::dp)
+      << describe_groups(grid, "pp groups", &Seats::pp) << describe_groups(grid, "embedding groups", &Seats::tied);
   return out.str();
-}
-
-int role_rank(const GridSizes& sizes, const Place& place) {
-  return place.tp_rank + sizes.tp * (place.dp_rank + sizes.dp * place.pp_rank);
 }
 
 Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers) {
   check(int(grid.places.size()) == world.size(), "a grid of ", grid.places.size(), " ranks for ", world.size());
-  const Place& me = grid.places[std::size_t(world.rank())];
-  const GridSizes& sizes = grid.sizes;
-  Groups groups;
-  groups.role =
-      world.split(is_student(me.role) ? 0 : 1, role_rank(sizes, me), is_student(me.role) ? "students" : "teachers");
-  const auto group = [&](const char* name, int color, int key) {
-    return groups.role->split(color, key, text(name, " ", color, " of ", groups.role->name()));
+  const Seats seats = seats_of(grid, world.rank(), kv_sharers);
+  const std::string role = is_student(grid.places[std::size_t(world.rank())].role) ? "students" : "teachers";
+  const auto group = [&](const char* name, const Seat& seat) {
+    return world.split(seat.color, seat.key, text(name, " ", seat.color / 2, " of ", role));
   };
-  const int pipeline = me.tp_rank + sizes.tp * me.dp_rank;
-  groups.tp = group("tp", me.dp_rank + sizes.dp * me.pp_rank, me.tp_rank);
-  groups.dp = group("dp", me.tp_rank + sizes.tp * me.pp_rank, me.dp_rank);
-  groups.pp_forward = group("pp", pipeline, me.pp_rank);
-  groups.pp_backward = group("pp (backward)", pipeline, me.pp_rank);
-  groups.kv = groups.tp->split(me.tp_rank / kv_sharers, me.tp_rank, text("kv of ", groups.tp->name()));
-  const bool is_end = sizes.pp > 1 && (me.pp_rank == 0 || me.pp_rank == sizes.pp - 1);
-  groups.tied = group("tied embeddings", is_end ? pipeline : -1, me.pp_rank);
-  const bool has_partner = me.partner >= 0 && me.partner != world.rank();
-  groups.partners =
-      world.split(has_partner ? std::min(me.partner, world.rank()) : -1, is_student(me.role) ? 0 : 1, "partners");
+  Groups groups;
+  groups.role = world.split(seats.role.color, seats.role.key, role);
+  groups.tp = group("tp", seats.tp);
+  groups.dp = group("dp", seats.dp);
+  groups.pp_forward = group("pp", seats.pp);
+  groups.pp_backward = group("pp (backward)", seats.pp);
+  groups.kv = group("kv", seats.kv);
+  groups.tied = group("tied embeddings", seats.tied);
+  groups.partners = world.split(seats.partners.color, seats.partners.key, "partners");
   return groups;
+}
+
+void Groups::set_patience(const Patience& patience) {
+  for (const auto* group : {&role, &tp, &dp, &pp_forward, &pp_backward, &kv, &tied, &partners})
+    if (*group) (*group)->set_patience(patience);
+}
+
+std::map<int, std::size_t> group_bytes(const Grid& grid, int kv_sharers) {
+  constexpr std::pair<Seat Seats::*, int> kinds[] = {{&Seats::role, 1},    {&Seats::tp, 1}, {&Seats::dp, 1},
+                                                     {&Seats::pp, 2},      {&Seats::kv, 1}, {&Seats::tied, 1},
+                                                     {&Seats::partners, 1}};
+  std::map<int, std::size_t> bytes;
+  for (const auto& [kind, copies] : kinds) {
+    std::map<int, std::vector<int>> nodes_by_color;
+    for (int rank = 0; rank < int(grid.places.size()); ++rank)
+      if (const Seat seat = seats_of(grid, rank, kv_sharers).*kind; seat.color >= 0)
+        nodes_by_color[seat.color].push_back(grid.places[std::size_t(rank)].node);
+    for (const auto& [_, nodes] : nodes_by_color)
+      if (nodes.size() > 1 && std::all_of(nodes.begin(), nodes.end(), [&](int n) { return n == nodes.front(); }))
+        bytes[nodes.front()] += std::size_t(copies) * shared_group_bytes(int(nodes.size()));
+  }
+  return bytes;
 }
 
 }  // namespace distill

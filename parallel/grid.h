@@ -2,6 +2,8 @@
 // every rank. Pure functions; every rank computes the same.
 #pragma once
 
+#include <cstddef>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -44,10 +46,11 @@ Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher, std
 std::vector<int> nodes_of(const Communicator& world);
 std::vector<std::string> hosts_of(const Communicator& world);
 
-// A small table of it, a line per rank. hosts: by world rank, or empty.
+// A small table of it, a line per rank, and which ranks form its groups. hosts: by world rank, or empty.
 std::string describe(const Grid& grid, std::span<const std::string> hosts = {});
 
-// The groups that this rank takes part in. Every rank of world calls it.
+// The groups that this rank takes part in. Every rank of world calls it, and all are split from world: where shared
+// memory runs out for one group, all ranks throw that one CommonError.
 struct Groups {
   std::unique_ptr<Communicator> role;  // all students, or all teachers; by pp, dp and tp coordinate
   std::unique_ptr<Communicator> tp, dp;
@@ -55,9 +58,13 @@ struct Groups {
   std::unique_ptr<Communicator> kv;                       // tensor-parallel neighbours that share key/value heads
   std::unique_ptr<Communicator> tied;      // first and last stage; null on others and where these are one
   std::unique_ptr<Communicator> partners;  // a student and its teacher; null where there is one role
+
+  void set_patience(const Patience& patience);  // of all of them
 };
 // kv_sharers: tensor-parallel ranks that hold the same key/value heads.
 Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers);
+// Shared memory that they take on each node (Place::node), beside what the world itself has. A pure function.
+std::map<int, std::size_t> group_bytes(const Grid& grid, int kv_sharers);
 
 // Rank in Groups::role of a coordinate.
 int role_rank(const GridSizes& sizes, const Place& place);

@@ -125,9 +125,18 @@ void NodeLives::watch(int world_rank, std::size_t index) {
   watches_.emplace(world_rank, PeerWatch(at(index)));
 }
 
-void NodeLives::watch_far(int world_rank, std::size_t index, int listener) {
+void NodeLives::watch_far(int world_rank, int node, std::size_t index, int listener) {
   const std::lock_guard lock(mutex_);
-  far_.emplace(world_rank, Far{index, listener, {}});
+  far_.emplace(world_rank, Far{node, index, listener, {}});
+}
+
+void NodeLives::watch_nodes(std::chrono::milliseconds dead_after, Lost lost) {
+  if (far_.empty()) return;
+  watcher_ = std::make_unique<SmallThread>([this, dead_after, lost = std::move(lost)](int stop) {
+    pollfd wake{stop, POLLIN, 0};
+    while (poll(&wake, 1, /*ms=*/100) <= 0)
+      if (const auto found = lost_node(dead_after)) return lost(found->first, found->second);
+  });
 }
 
 std::string NodeLives::trouble(int world_rank, std::chrono::milliseconds dead_after) {
@@ -137,18 +146,47 @@ std::string NodeLives::trouble(int world_rank, std::chrono::milliseconds dead_af
   return {};
 }
 
-// Where the listener itself is silent, nothing can be said about other nodes, and its own end is the trouble.
+std::string NodeLives::listener_trouble(const Far& far, std::chrono::milliseconds dead_after) {
+  const auto listener = watches_.find(far.listener);
+  return listener == watches_.end() ? "" : listener->second.trouble(dead_after);
+}
+
+// Where the listener itself is silent, nothing can be said about other nodes.
+Silence::Duration NodeLives::silence_of(Far& far) {
+  const auto listener = watches_.find(far.listener);
+  const bool listens = listener == watches_.end() || listener->second.silent() < 500ms,
+             was_heard = at(far.index).beats.load(std::memory_order_relaxed) != 0;
+  return far.silence.look(at(far.index), listens && was_heard);
+}
+
 std::string NodeLives::far_trouble(Far& far, std::chrono::milliseconds dead_after) {
-  bool is_heard = at(far.index).beats.load(std::memory_order_relaxed) != 0;
-  if (const auto listener = watches_.find(far.listener); listener != watches_.end()) {
-    if (const std::string trouble = listener->second.trouble(dead_after); !trouble.empty())
-      return text("is no longer heard of: rank ", far.listener, ", which listens for this node, ", trouble);
-    is_heard = is_heard && listener->second.silent() < 500ms;
-  }
-  const Silence::Duration silent = far.silence.look(at(far.index), is_heard);
+  if (const std::string trouble = listener_trouble(far, dead_after); !trouble.empty())
+    return text("is no longer heard of: rank ", far.listener, ", which listens for this node, ", trouble);
+  const Silence::Duration silent = silence_of(far);
   if (silent < dead_after) return {};
   has_lost_far_ = true;
   return no_sign_for(silent, "stopped, or its node is lost or out of reach");
+}
+
+std::optional<std::pair<int, std::string>> NodeLives::lost_node(std::chrono::milliseconds dead_after) {
+  const std::lock_guard lock(mutex_);
+  struct Node {
+    int first_rank;
+    Silence::Duration silent;  // of the rank that was heard last
+  };
+  std::map<int, Node> nodes;
+  for (auto& [rank, far] : far_) {
+    if (!listener_trouble(far, dead_after).empty()) return {};
+    const Silence::Duration silent = silence_of(far);
+    Node& node = nodes.emplace(far.node, Node{rank, silent}).first->second;
+    node.silent = std::min(node.silent, silent);
+  }
+  for (const auto& [_, node] : nodes)
+    if (node.silent >= dead_after) {
+      has_lost_far_ = true;
+      return {{node.first_rank, no_sign_for(node.silent, "its node is lost or out of reach")}};
+    }
+  return {};
 }
 
 }  // namespace distill

@@ -11,8 +11,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 
 namespace distill {
 
@@ -112,9 +114,13 @@ class NodeLives final : public Lives {
   // The rank whose sign is at `index`; it has signed.
   void watch(int world_rank, std::size_t index);
   // A rank of another node, whose sign `listener`, a rank of this node, moves. Nothing is known before it is heard.
-  void watch_far(int world_rank, std::size_t index, int listener);
+  void watch_far(int world_rank, int node, std::size_t index, int listener);
+  // From now on, whatever this process is doing, a small thread looks after the other nodes. When all ranks of one have
+  // been silent for dead_after it calls `lost`, once, with the lowest of them and what is wrong with it.
+  using Lost = std::function<void(int world_rank, const std::string& trouble)>;
+  void watch_nodes(std::chrono::milliseconds dead_after, Lost lost);
   std::string trouble(int world_rank, std::chrono::milliseconds dead_after) override;
-  // Whether trouble was a rank of another node. Any thread.
+  // Whether a rank of another node was found silent. Any thread.
   bool has_lost_far() const { return has_lost_far_; }
   void ask_to_stop() { at(mine_).wants_stop.store(1, std::memory_order_relaxed); }  // any thread
   // Of any rank of this node.
@@ -122,13 +128,17 @@ class NodeLives final : public Lives {
 
  private:
   struct Far {
+    int node;
     std::size_t index;
     int listener;
     Silence silence;
   };
 
   LifeSign& at(std::size_t index) const;
+  std::string listener_trouble(const Far& far, std::chrono::milliseconds dead_after);
+  Silence::Duration silence_of(Far& far);
   std::string far_trouble(Far& far, std::chrono::milliseconds dead_after);
+  std::optional<std::pair<int, std::string>> lost_node(std::chrono::milliseconds dead_after);
 
   std::shared_ptr<std::byte> signs_;
   std::size_t count_, mine_;
@@ -137,6 +147,7 @@ class NodeLives final : public Lives {
   std::map<int, PeerWatch> watches_;
   std::map<int, Far> far_;
   std::atomic<bool> has_lost_far_ = false;
+  std::unique_ptr<SmallThread> watcher_;  // last: it uses all others
 };
 
 }  // namespace distill

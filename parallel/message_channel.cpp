@@ -172,9 +172,7 @@ RingEnd open_ring(Communicator& pair, int other, Side side, const ChannelShape& 
         name_of(group->members()[1]), " has ", shapes[0], " on one side and ", shapes[1], " on the other");
   check(shape.positions > 0 && shape.columns > 0 && shape.slots > 0, "the logits channel: ", shape_text(shape));
   // A reader waits while nobody asks it to; how long is too long is judged by those who need a chunk or a slot.
-  Patience background = pair.patience();
-  background.peer_timeout = background.stall_report = std::chrono::hours(24 * 365);
-  group->set_patience(background);
+  group->set_patience(pair.patience().while_alive());
   return {std::make_unique<MessageRing>(std::move(group), side, shape, pair.patience()), shape, self, there,
           pair.patience()};
 }

@@ -363,8 +363,8 @@ void start_lives(Communicator& world, Node& node) {
   });
   if (speaker == world.rank()) node.memory->seal(ticket);
   for (const int rank : order)
-    if (world.members()[std::size_t(rank)].node != int(own))
-      node.lives->watch_far(rank, index_of(rank), speaker);
+    if (const int its_node = world.members()[std::size_t(rank)].node; its_node != int(own))
+      node.lives->watch_far(rank, its_node, index_of(rank), speaker);
     else if (rank != world.rank())
       node.lives->watch(rank, index_of(rank));
   if (nodes.size() == 1) return;
@@ -384,29 +384,40 @@ void start_lives(Communicator& world, Node& node) {
 }  // namespace
 
 struct MpiSession::State {
-  std::vector<Member> members;
+  std::vector<Member> members;  // of this rank alone until there is a world
+  int rank = 0, ranks = 0, threads_provided = 0;
   std::shared_ptr<Node> node = std::make_shared<Node>();
   std::unique_ptr<Communicator> world;
   std::atomic<bool> stop_asked = false;  // of a world of one
   int exceptions_at_start = 0;
+
+  const Member& me() const { return members[members.size() == 1 ? 0 : std::size_t(rank)]; }
 };
 
 MpiSession::MpiSession(int& argc, char**& argv) : state_(std::make_unique<State>()) {
   state_->exceptions_at_start = std::uncaught_exceptions();
-  int provided = 0;
-  check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
-  check(provided >= MPI_THREAD_SERIALIZED, "this MPI library does not let threads take turns (MPI_THREAD_SERIALIZED)");
-  check_mpi(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
-  int rank = 0, ranks = 0;
-  check_mpi(MPI_Comm_rank(MPI_COMM_WORLD, &rank), "MPI_Comm_rank");
-  check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &ranks), "MPI_Comm_size");
-  Member me{rank, ranks > 1 ? node_number(rank, ranks) : 0, host_name(), getpid()};
-  state_->members = {me};
+  check_mpi(MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &state_->threads_provided), "MPI_Init_thread");
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  MPI_Comm_rank(MPI_COMM_WORLD, &state_->rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &state_->ranks);
+  state_->members = {{state_->rank, 0, host_name(), getpid()}};
+}
+
+Communicator& MpiSession::world() {
+  if (!state_->world) make_world();
+  return *state_->world;
+}
+
+void MpiSession::make_world() {
+  check(state_->threads_provided >= MPI_THREAD_SERIALIZED,
+        "this MPI library does not let threads take turns (MPI_THREAD_SERIALIZED)");
+  const int ranks = state_->ranks;
+  Member me = state_->me();
   if (ranks == 1) {
     state_->world = std::make_unique<Alone>("world", me);
     return;
   }
-
+  me.node = node_number(me.world_rank, ranks);
   state_->members.assign(std::size_t(ranks), me);  // until they are known
   const auto first = messages("world");
   const int numbers[2] = {me.node, int(me.pid)};
@@ -431,7 +442,11 @@ MpiSession::MpiSession(int& argc, char**& argv) : state_(std::make_unique<State>
 MpiSession::~MpiSession() {
   if (std::uncaught_exceptions() > state_->exceptions_at_start) abort_all(int(ExitCode::internal));
   try {
-    state_->world->barrier();  // MPI_Finalize would burn the core while it waits
+    // MPI_Finalize would burn the core while it waits. Others may work for long after this rank has done its part.
+    if (Communicator* const all = state_->world.get()) {
+      all->set_patience(all->patience().while_alive());
+      all->barrier();
+    }
   } catch (const std::exception& error) {
     std::cerr << text(error.what(), "\n");
     abort_all(int(ExitCode::peer_lost));
@@ -440,7 +455,8 @@ MpiSession::~MpiSession() {
   MPI_Finalize();
 }
 
-Communicator& MpiSession::world() { return *state_->world; }
+const Member& MpiSession::me() const { return state_->me(); }
+int MpiSession::ranks() const { return state_->ranks; }
 
 void MpiSession::ask_to_stop() {
   state_->stop_asked = true;
@@ -449,6 +465,18 @@ void MpiSession::ask_to_stop() {
 
 bool MpiSession::stop_asked() const {
   return state_->stop_asked || (state_->node->lives && state_->node->lives->stop_asked());
+}
+
+void MpiSession::watch_nodes(std::chrono::milliseconds dead_after) {
+  const bool speaks = ranks_of_node(world()).front() == world().rank();
+  if (!state_->node->lives) return;
+  state_->node->lives->watch_nodes(dead_after, [this, speaks](int rank, const std::string& trouble) {
+    if (speaks)
+      std::cerr << text("distill: ", name_of(me()), ": ", name_of(state_->members[std::size_t(rank)]), " ", trouble,
+                        ", like all ranks of its node\n")
+                << std::flush;
+    abort_all(int(ExitCode::peer_lost));
+  });
 }
 
 std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t longest_message) {

@@ -2,6 +2,7 @@
 // them. See README.md.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -18,15 +19,22 @@ namespace distill {
 // of ranks on one node talk through shared memory, others through messages.
 class MpiSession {
  public:
-  MpiSession(int& argc, char**& argv);
-  ~MpiSession();  // waits for the other ranks, unless this one leaves by an exception: then it ends them
+  MpiSession(int& argc, char**& argv);  // begins MPI and nothing else
+  // Waits for the other ranks as long as they live, unless this one leaves by an exception: then it ends them.
+  ~MpiSession();
   MpiSession(const MpiSession&) = delete;
   MpiSession& operator=(const MpiSession&) = delete;
 
+  const Member& me() const;  // this rank; its node is known once there is a world
+  int ranks() const;
+  // The first call makes it and throws what fails (a CommonError where every rank knows); every rank makes that call.
   Communicator& world();
   // That this run shall end soon. Whoever is asked on a node, all ranks of the node see it. Any thread.
   void ask_to_stop();
   bool stop_asked() const;
+  // From now on the loss of another node, silent for dead_after, ends this run with code peer_lost and one message a
+  // node, also while no rank waits.
+  void watch_nodes(std::chrono::milliseconds dead_after);
   // A group of all ranks that uses messages even within a node, none longer than longest_message bytes.
   std::unique_ptr<Communicator> messages(std::string name, std::size_t longest_message = std::size_t(1) << 30);
   // Ends all ranks now with this exit code.
@@ -34,6 +42,8 @@ class MpiSession {
   static std::string library_version();  // "Open MPI v4.1.4"
 
  private:
+  void make_world();
+
   struct State;
   std::unique_ptr<State> state_;
 };
@@ -63,7 +73,10 @@ struct ChannelShape {
   int slots = 4;
 };
 
-// Shared memory that a channel takes, and what this node has left (the most there can be where it has no limit).
+// Shared memory of a group of ranks of one node: of the world of a run on one node, or of a channel by messages between
+// two of them.
+std::size_t shared_group_bytes(int ranks);
+// That of a channel in shared memory, and what this node has left (the most there can be where it has no limit).
 std::size_t channel_bytes(const ChannelShape& shape);
 std::uint64_t shared_memory_available();
 

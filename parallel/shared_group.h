@@ -10,6 +10,7 @@
 
 #include "core/communicator.h"
 #include "parallel/liveness.h"
+#include "parallel/parallel.h"
 
 namespace distill {
 
@@ -35,7 +36,6 @@ std::unique_ptr<Communicator> make_shared_group(Communicator& parent, const std:
                                                 std::shared_ptr<Lives> lives, std::shared_ptr<GroupMemory> memory);
 
 // The first group of ranks that know each other by block and rank alone; shared_group_bytes(n) of zeroed memory.
-std::size_t shared_group_bytes(int ranks);
 std::unique_ptr<Communicator> first_shared_group(std::string name, int rank, std::vector<Member> members,
                                                  const Patience& patience, GroupMemory::Block block,
                                                  std::shared_ptr<Lives> lives, std::shared_ptr<GroupMemory> memory);

@@ -25,12 +25,13 @@ double attention_pairs(const MicroBatch& batch) {
   return pairs;
 }
 
-// The step takes as long on every rank; what it was spent on differs.
-void average_over_ranks(StepTimes& times, Communicator& ranks) {
+// The step takes as long on every rank; what it was spent on differs. Only ranks of the last stage have a teacher.
+void average_over_ranks(StepTimes& times, Communicator& ranks, int stages) {
   std::array<double, 12> sums{};
   for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = *times.all()[i];
   ranks.all_reduce(sums);
   for (std::size_t i = 0; i < sums.size(); ++i) *times.all()[i] = sums[i] / ranks.size();
+  for (double* wait : {&times.teacher, &times.student_wait}) *wait *= stages;
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
@@ -125,7 +126,7 @@ Trainer::End Trainer::run(TrainState& state) {
       run_step(state.step, result);
     }
     times_ += result.times;
-    average_over_ranks(result.times, groups_.students);
+    average_over_ranks(result.times, groups_.students, links_.stages());
     const double peak_memory = groups_.students.all_reduce(device_.peak_memory(), Reduce::max);
     ++steps_run_;
     ++state.step;

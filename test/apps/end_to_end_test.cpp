@@ -292,7 +292,7 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
   refused({"student.data_args.file_name=" + shop.path("nothing.jsonl")},
           "': student.data_args.file_name: " + shop.path("nothing.jsonl") + ": ", 2);
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"), 4);
-  refused({}, "3 ranks", 3);
+  refused({}, "distill: 3 ranks cannot be split into as many students as teachers", 3);
 }
 
 TEST_CASE("what keeps two ranks from starting after the plan is said once, without an abort", "[e2e]") {
@@ -379,6 +379,29 @@ TEST_CASE("the configured patience decides when a silent rank is given up", "[e2
   CHECK(result.code == 3);
   CHECK_THAT(result.output, Catch::Contains("rank 1 on "));
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(15));  // the default is 20
+}
+
+// Validation after the first of two steps, while the teacher waits for a free slot, and at the end, when it is done.
+TEST_CASE("a teacher waits for its student as long as that works, whatever peer_timeout says", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto validated = [&](const std::string& name, const std::string& file, int ranks) {
+    const auto result =
+        shop.train(name,
+                   {"max_steps=2", "eval_steps=1", "save_steps=0", "student.infer_batch_size=1",
+                    "teacher_payload=logits", "logits_chunk=8", "logits_ring_slots=1",
+                    "validation.data_args.file_name=" + shop.path(file), "peer_dead_after=1s", "peer_timeout=2s"},
+                   ranks);
+    INFO(result.output);
+    CHECK(result.code == 0);
+    const std::string before = "beside the steps: validation ";
+    return std::stod(result.output.substr(result.output.rfind(before) + before.size())) / 2;
+  };
+  const double seconds = validated("short", "train.jsonl", 0);  // of 60 records, at this machine's speed
+  std::string records;
+  for (double all = 0; all < 3.5; all += seconds) records += contents(shop.path("train.jsonl"));
+  shop.write("long-validation.jsonl", records);
+  CHECK(validated("long", "long-validation.jsonl", 2) > 2);
 }
 
 TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {

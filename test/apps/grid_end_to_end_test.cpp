@@ -231,10 +231,42 @@ TEST_CASE("grids that do not fit the models are refused with those that do", "[e
     CHECK(occurrences(result.output, message) == 1);
   };
   refused(tp(3), "6",
-          "tensor_model_parallel_size: the student's 4 attention heads are no multiple of tp_size 3; grids that fit 3 "
-          "ranks a role: tp 1, pp 1, dp 3");
+          "tensor_model_parallel_size: the student's 4 attention heads are no multiple of tp_size 3; grids (tp×pp×dp) "
+          "that fit these models and 6 ranks: 1×1×3");
+  refused(pp(4), "8",
+          "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids (tp×pp×dp) that fit "
+          "these models and 8 ranks: 1×1×4, 1×2×2, 2×1×2, 2×2×1, 4×1×1");
   refused(
-      pp(4), "8",
-      "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids that fit 4 ranks a role: "
-      "tp 1, pp 1, dp 4; tp 1, pp 2, dp 2; tp 2, pp 1, dp 2; tp 2, pp 2, dp 1; tp 4, pp 1, dp 1");
+      {}, "3",
+      "3 ranks cannot be split into as many students as teachers: start 2 or 4 ranks, or set distill_loss_weight: 0 "
+      "to train without a teacher on any number; no grid fits 3 ranks, which are halved; grids (tp×pp×dp) that fit "
+      "these models and 2 ranks: 1×1×1; 4 ranks: 1×1×2, 1×2×1, 2×1×1");
+  refused(
+      tp(4), "12",
+      "12 ranks cannot be cut into groups of tp_size 4 for students and for teachers (a group stays inside a node): "
+      "start 8 or 16 ranks; grids (tp×pp×dp) that fit these models and 12 ranks: 1×1×6, 2×1×3, 1×2×3");
+  refused(Words{"distill_loss_weight=0"} + pp(2), "3",
+          "grids (tp×pp×dp) that fit this model and 3 ranks: 1×1×3, 1×3×1");
+}
+
+TEST_CASE("check says what a slot of the ring holds, and when a node has too little shared memory", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const auto check = [&](const Words& overrides) {
+    const auto result = Process(shop.command(Words{"check", "--config", shop.path("run.yaml"), "--ranks", "2",
+                                                   "logits_chunk=16", "logits_ring_slots=3"} +
+                                             overrides))
+                            .wait();
+    INFO(result.output);
+    CHECK(result.code == 0);
+    return result.output;
+  };
+  // f32: 16 positions of 4096 columns, or of hidden size 32.
+  const std::string logits = check({"teacher_payload=logits"}), hidden = check({"teacher_payload=hidden"});
+  CHECK_THAT(logits, Catch::Contains("a ring of 3 × 256.00 KiB of logits in shared memory"));
+  CHECK_THAT(hidden, Catch::Contains("a ring of 3 × 2.00 KiB of hidden states in shared memory"));
+  CHECK_THAT(check({}), Catch::Contains("a ring of 3 × 256.00 KiB of logits or 2.00 KiB of hidden states in shared"));
+  CHECK_THAT(logits + hidden, !Catch::Contains("warning:"));
+  CHECK_THAT(check({"logits_ring_slots=1000000000", "teacher_payload=hidden"}),
+             Catch::Contains(" for logits channels, /dev/shm has ") && Catch::Contains("lower logits_chunk"));
 }

@@ -99,22 +99,61 @@ TEST_CASE("what does not fit the nodes is said once, with the node's name") {
     CHECK_FALSE(fs::exists(workshop().path("wrong")));
   };
   refused("1,3", {},
-          "distill: 1 rank on node0 cannot be split into as many students as teachers: start 2 ranks on node0");
+          "distill: 1 rank on node0 cannot be split into as many students as teachers: start 2 ranks on node0, or set "
+          "distill_loss_weight: 0 to train without a teacher on any number; no grid fits 1 + 3 ranks on the nodes, "
+          "which are halved; grids (tp×pp×dp) that fit these models and 2 + 2 ranks on the nodes: 1×1×2, 1×2×1; "
+          "2 + 4 ranks on the nodes: 1×1×3");
   refused(
       "2", both_roles("tensor_model_parallel_size=2"),
       "distill: 2 ranks on node0 cannot be cut into groups of tp_size 2 for students and for teachers (a group stays "
-      "inside a node): start 4 ranks on node0");
+      "inside a node): start 4 ranks on node0; grids (tp×pp×dp) that fit these models and 2 + 2 ranks on the nodes: "
+      "1×1×2, 1×2×1");
 }
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // tools/pretend_nodes.sh with these words.
 Process::Result nodes(std::vector<std::string> words) {
   words.insert(words.begin(), nodes_script);
   return Process(words).wait();
 }
+
+// Shared memory of node 0, "64k". That of MPI is elsewhere then.
+void give_shared_memory(const std::string& size) {
+  REQUIRE(nodes({"on", "0", "mount", "-o", "remount,size=" + size, "/dev/shm"}).code == 0);
+}
+std::vector<std::string> with_mpi_memory_elsewhere(std::vector<std::string> words) {
+  const auto program = std::find(words.begin(), words.end(), DISTILL_PROGRAM);
+  const std::string elsewhere[] = {"--mca", "btl_vader_backing_directory", workshop().path("")};
+  words.insert(program, std::begin(elsewhere), std::end(elsewhere));
+  return words;
+}
+
+}  // namespace
+
+TEST_CASE("too little shared memory for the world, or for the groups of one role, is one message and code 2") {
+  const auto tp2 = both_roles("tensor_model_parallel_size=2");
+  const auto refused = [&](const std::string& size, const std::string& message) {
+    give_shared_memory(size);
+    auto arguments = tp2;
+    arguments.push_back("exp_name=scarce");
+    const auto result = Process(with_mpi_memory_elsewhere(command("4,0", arguments))).wait();
+    INFO(result.output);
+    CHECK(result.code == 2);
+    CHECK(occurrences(result.output, "distill: ") == 1);
+    CHECK_THAT(result.output, Contains("distill: " + message) && Contains(" bytes of shared memory, /dev/shm has "));
+    return result.output;
+  };
+  refused("64k", "group world of 4 ranks needs ");
+  // The world has its memory and those of the students and of the teachers as well, but only one of the two tp groups.
+  const std::string late = refused("19m", "group tp 0 of ");
+  CHECK_THAT(late, Contains("a node needs 21.00 MiB of shared memory for groups of ranks and "));
+  give_shared_memory("256m");
+}
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
 
 // Steps done at the newest checkpoint; 0 without one.
 int newest_step(const std::string& name) {
@@ -157,7 +196,11 @@ bool ends_on(const std::string& node, Clock::time_point lost) {
   return false;
 }
 
-const char* const no_life_of_rank_2 = "rank 2 on node1";
+// By the first rank of node 0, waiting or not.
+void check_says_that_node_1_is_lost(const std::string& output) {
+  CHECK_THAT(output, Contains("distill: rank 0 on node0") && Contains("rank 2 on node1") &&
+                         Contains("has shown no sign of life for 3.") && Contains("like all ranks of its node"));
+}
 
 }  // namespace
 
@@ -166,7 +209,7 @@ TEST_CASE("a node that loses power ends the run, and its newest checkpoint resum
   CHECK(nodes({"restart", "1"}).code == 0);
   INFO(lost.output);
   CHECK(lost.code != 0);
-  CHECK_THAT(lost.output, Contains(no_life_of_rank_2) && Contains("has shown no sign of life for 3."));
+  check_says_that_node_1_is_lost(lost.output);
   const int done = newest_step("powerless");
   REQUIRE(done >= 4);
   const auto resumed =
@@ -180,7 +223,7 @@ TEST_CASE("a node whose cable is out ends the run, on both sides") {
   const auto lost = lose_node("unplugged", {"link", "1", "down"});
   INFO(lost.output);
   CHECK(lost.code != 0);
-  CHECK_THAT(lost.output, Contains(no_life_of_rank_2) && Contains("has shown no sign of life for 3."));
+  check_says_that_node_1_is_lost(lost.output);
   CHECK(ends_on("1", lost.when));
   CHECK(nodes({"link", "1", "up"}).code == 0);
 }

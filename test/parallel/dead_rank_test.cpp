@@ -2,6 +2,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <thread>
@@ -146,10 +147,10 @@ TEST_CASE("a process that was stopped itself does not blame the others") {
   CHECK(other.wait() == 0);
 }
 
-TEST_CASE("a rank of another node is judged by what is heard of it") {
+TEST_CASE("a rank of another node is judged by what is heard of it", "[threads]") {
   const Cradle cradle(2);
   NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 2, 0);
-  lives.watch_far(5, 1, /*listener=*/0);
+  lives.watch_far(5, /*node=*/1, 1, /*listener=*/0);
   const auto trouble_within = [&](std::chrono::milliseconds time, bool beats) {
     std::string trouble;
     for (const auto end = Clock::now() + time; trouble.empty() && Clock::now() < end;
@@ -174,10 +175,37 @@ TEST_CASE("where the rank that listens stops, other nodes are not blamed") {
   NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 3, 0);
   while (cradle.sign(1).pid == 0) std::this_thread::sleep_for(1ms);
   lives.watch(1, 1);
-  lives.watch_far(5, 2, /*listener=*/1);
+  lives.watch_far(5, /*node=*/1, 2, /*listener=*/1);
   std::string trouble;
   for (const auto end = Clock::now() + 10s; trouble.empty() && Clock::now() < end; std::this_thread::sleep_for(20ms))
     trouble = lives.trouble(5, 1500ms);
   CHECK_THAT(trouble,
              Contains("is no longer heard of: rank 1, which listens for this node, has shown no sign of life"));
+}
+
+TEST_CASE("a node that falls silent is noticed though nobody waits, one rank of it that stops is not its end",
+          "[threads]") {
+  const Cradle cradle(4);
+  NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 4, 0);
+  lives.watch_far(7, /*node=*/1, 1, /*listener=*/0);
+  lives.watch_far(8, /*node=*/1, 2, /*listener=*/0);
+  lives.watch_far(9, /*node=*/2, 3, /*listener=*/0);  // never heard
+  std::atomic<int> lost = 0;
+  std::string trouble;
+  lives.watch_nodes(600ms, [&](int rank, const std::string& what) {
+    trouble = what;
+    lost = rank;
+  });
+  const auto beat_for = [&](std::chrono::milliseconds time, std::vector<int> ranks) {
+    for (const auto end = Clock::now() + time; lost == 0 && Clock::now() < end; std::this_thread::sleep_for(20ms))
+      for (const int rank : ranks) ++cradle.sign(rank).beats;
+  };
+  beat_for(300ms, {1, 2});
+  beat_for(1500ms, {2});
+  CHECK(lost == 0);
+  CHECK_FALSE(lives.has_lost_far());
+  beat_for(10s, {});
+  CHECK(lost == 7);
+  CHECK(lives.has_lost_far());
+  CHECK_THAT(trouble, Contains("has shown no sign of life for 0.") && Contains("its node is lost or out of reach"));
 }

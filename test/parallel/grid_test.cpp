@@ -1,11 +1,15 @@
 #include "parallel/grid.h"
 
+#include <algorithm>
+#include <atomic>
 #include <catch2/catch.hpp>
 #include <map>
 #include <set>
+#include <thread>
 #include <tuple>
 
 #include "parallel/parallel.h"
+#include "parallel/shared_group.h"
 
 using namespace distill;
 using Catch::Matchers::StartsWith;
@@ -150,12 +154,23 @@ TEST_CASE("the table names every rank") {
         "     0  student   0   0   0        1  0\n"
         "     1  teacher   0   0   0        0  0\n"
         "     2  student   0   1   0        3  1\n"
-        "     3  teacher   0   1   0        2  1\n");
+        "     3  teacher   0   1   0        2  1\n"
+        "  dp groups: 0 2 | 1 3\n");
   const std::string hosts[] = {"node-a"};
   CHECK(describe(make_grid(one_node(1), 1, 1, false), hosts) ==
         "grid: tp 1, dp 1, pp 1, 1 rank\n"
         "  rank  role     tp  dp  pp  partner  node\n"
         "     0  student   0   0   0        -  node-a\n");
+}
+
+TEST_CASE("under the table stand the groups") {
+  const std::string table = describe(make_grid(one_node(24), 2, 3, true));
+  CHECK(table.substr(table.find("  tp groups")) ==
+        "  tp groups: 0 1 | 12 13 | 2 3 | 14 15 | 4 5 | 16 17 | 6 7 | 18 19 | 8 9 | 20 21 | 10 11 | 22 23\n"
+        "  dp groups: 0 2 | 12 14 | 1 3 | 13 15 | 4 6 | 16 18 | 5 7 | 17 19 | 8 10 | 20 22 | 9 11 | 21 23\n"
+        "  pp groups: 0 4 8 | 12 16 20 | 1 5 9 | 13 17 21 | 2 6 10 | 14 18 22 | 3 7 11 | 15 19 23\n"
+        "  embedding groups: 0 8 | 12 20 | 1 9 | 13 21 | 2 10 | 14 22 | 3 11 | 15 23\n");
+  CHECK_THAT(describe(make_grid(one_node(64), 2, 1, false)), Catch::Contains(" | 30 31 | … 32 in all\n"));
 }
 
 TEST_CASE("stages and ends of pipelines form groups") {
@@ -188,4 +203,90 @@ TEST_CASE("groups follow the grid") {
     const std::int64_t coordinates = groups.dp->all_reduce(std::int64_t{me.tp_rank * 10 + int(me.role) * 100});
     check(coordinates == groups.dp->size() * (me.tp_rank * 10 + int(me.role) * 100), "dp ranks differ in dp only");
   });
+}
+
+namespace {
+
+// Memory of groups that says how much was made, and runs out.
+class ScarceMemory final : public GroupMemory {
+ public:
+  explicit ScarceMemory(int blocks) : left_(blocks) {}
+  std::size_t made() const { return made_; }
+
+  Block make(std::size_t bytes, const std::string& purpose, std::string& ticket) override {
+    check_input(--left_ >= 0, purpose, ": no memory");
+    made_ += bytes;
+    return heap_->make(bytes, purpose, ticket);
+  }
+  Block attach(const std::string& ticket, std::size_t bytes) override { return heap_->attach(ticket, bytes); }
+  void seal(const std::string& ticket) override { heap_->seal(ticket); }
+
+ private:
+  std::shared_ptr<GroupMemory> heap_ = heap_memory();
+  std::atomic<int> left_;
+  std::atomic<std::size_t> made_ = 0;
+};
+
+class AllLive final : public Lives {
+  std::string trouble(int, std::chrono::milliseconds) override { return {}; }
+};
+
+// What each rank of the grid, a thread on its node, meets when the groups are made with this memory: "" or
+// "code message".
+std::vector<std::string> outcomes(const Grid& grid, int sharers, const std::shared_ptr<GroupMemory>& memory) {
+  const int n = int(grid.places.size());
+  std::string ticket;
+  const GroupMemory::Block block = heap_memory()->make(shared_group_bytes(n), "world", ticket);
+  std::vector<Member> members;
+  for (int r = 0; r < n; ++r) members.push_back({r, 0, "here", 1});
+  Patience patience;
+  patience.peer_timeout = std::chrono::seconds(2);
+  std::vector<std::string> met(static_cast<std::size_t>(n));
+  std::vector<std::thread> threads;
+  for (int r = 0; r < n; ++r)
+    threads.emplace_back([&, r] {
+      const auto world = first_shared_group("world", r, members, patience, block, std::make_shared<AllLive>(), memory);
+      try {
+        const Groups groups = make_groups(*world, grid, sharers);
+        world->barrier();
+      } catch (const CommonError& error) {
+        met[std::size_t(r)] = text(int(error.code()), ' ', error.what());
+      } catch (const std::exception& error) {
+        met[std::size_t(r)] = text("for one rank: ", error.what());
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  return met;
+}
+
+}  // namespace
+
+TEST_CASE("where memory runs out for one group, every rank of either role says so, whichever group it is") {
+  const Grid grid = make_grid(one_node(8), 2, 2, true);
+  std::set<std::string> kinds;
+  for (int blocks = 0;; ++blocks) {
+    const std::vector<std::string> met = outcomes(grid, 2, std::make_shared<ScarceMemory>(blocks));
+    CAPTURE(blocks, met);
+    CHECK(std::set(met.begin(), met.end()).size() == 1);
+    if (met.front().empty()) break;
+    CHECK_THAT(met.front(), StartsWith("2 group ") && Catch::Contains(": no memory"));
+    kinds.insert(met.front().substr(8, met.front().find_first_of(" 0", 8) - 8));
+  }
+  CHECK(kinds == std::set<std::string>{"students", "teachers", "tp", "pp", "kv", "tied", "partners"});
+}
+
+TEST_CASE("the memory of groups is known before they are made") {
+  const auto [ranks, tp, pp, sharers, has_teacher] = GENERATE(table<int, int, int, int, bool>(
+      {{1, 1, 1, 1, true}, {2, 1, 1, 1, true}, {16, 4, 2, 2, true}, {12, 2, 3, 1, false}}));
+  const Grid grid = make_grid(one_node(ranks), tp, pp, has_teacher);
+  const auto memory = std::make_shared<ScarceMemory>(1000);
+  for (const std::string& met : outcomes(grid, sharers, memory)) CHECK(met.empty());
+  const auto bytes = group_bytes(grid, sharers);
+  CHECK((bytes.empty() ? 0 : bytes.at(0)) == memory->made());
+}
+
+TEST_CASE("groups across nodes take no shared memory") {
+  // Two nodes of a student and its teacher each: only the partners share a node.
+  const auto bytes = group_bytes(make_grid({{0, 0, 1, 1}}, 1, 1, true), 1);
+  CHECK(bytes == std::map<int, std::size_t>{{0, shared_group_bytes(2)}, {1, shared_group_bytes(2)}});
 }

@@ -1,10 +1,14 @@
 // The specification of parallelism: training on any grid is training on one rank. Ranks are threads; every last stage
 // has a teacher of its own, cut over the same tensor-parallel group. Tag [full] is every combination, run by hand.
+#include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <random>
+#include <set>
 
 #include "core/train/teacher.h"
 #include "core/train/trainer.h"
@@ -69,22 +73,49 @@ std::ostream& operator<<(std::ostream& out, const Setup& s) {
 using Whole = std::map<std::string, std::vector<float>>;
 
 struct Outcome {
-  std::vector<double> losses, norms, validation;
-  Whole gradients, weights;  // of the first step; at the end
+  std::vector<double> losses, norms, validation, teacher_waits, student_waits;
+  Whole gradients, weights;    // of the first step; at the end
+  std::int64_t differing = 0;  // weights of which two ranks hold different bits, at the end
 };
 
-// Elements `range` of a rank's flat storage into the whole.
-void put(Whole& whole, Device& device, const Param& p, const Range& range, const View& flat) {
+// Elements `range` of a rank's flat storage into the whole; returns how many of them another rank had put there with
+// other bits.
+std::int64_t put(Whole& whole, Device& device, const Param& p, const Range& range, const View& flat) {
   Tensor wide = device.tensor(1, range.size, DType::f32);
   device.cast(wide.view(), flat.col_slice(range.begin, range.size));
   const auto values = download<float>(device, wide.view());
   std::vector<float>& to = whole[p.name];
-  to.resize(std::size_t(p.whole_rows * p.whole_cols));
+  to.resize(std::size_t(p.whole_rows * p.whole_cols), std::numeric_limits<float>::quiet_NaN());
+  std::int64_t differing = 0;
   for (std::int64_t i = 0; i < range.size; ++i) {
     const std::int64_t at = range.begin - p.offset + i;
-    to[std::size_t((p.first_row + at / p.cols) * p.whole_cols + p.first_col + at % p.cols)] = values[std::size_t(i)];
+    float& value = to[std::size_t((p.first_row + at / p.cols) * p.whole_cols + p.first_col + at % p.cols)];
+    const float mine = values[std::size_t(i)];
+    differing += !std::isnan(value) && std::memcmp(&value, &mine, sizeof mine) != 0;
+    value = mine;
   }
+  return differing;
 }
+
+// The logits of a teacher, which takes a known time.
+constexpr double teacher_wait = 0.25, student_wait = 0.5;  // seconds a micro-batch
+class ClockedTeacher final : public TeacherSource {
+ public:
+  ClockedTeacher(Device& device, Teacher& teacher, DType dtype, std::int64_t chunk)
+      : teacher_(device, teacher, dtype, chunk) {}
+  void begin(const MicroBatch& batch) override {
+    teacher_.begin(batch);
+    ++batches_;
+  }
+  ConstView acquire(std::int64_t positions) override { return teacher_.acquire(positions); }
+  void release() override { teacher_.release(); }
+  double seconds_waited() const override { return batches_ * teacher_wait; }
+  double teacher_seconds_waited() const override { return batches_ * student_wait; }
+
+ private:
+  LocalTeacher teacher_;
+  int batches_ = 0;
+};
 
 ModelPlace place_of(const ModelSpec& spec, const Setup& s, const Place& place, Communicator& tp, Range layers) {
   return {.part = {.tp_size = s.tp,
@@ -138,7 +169,7 @@ class Rank {
 
     std::optional<Transformer> teacher_model;
     std::optional<Teacher> teacher;
-    std::optional<LocalTeacher> source;
+    std::optional<ClockedTeacher> source;
     if (me_.pp_rank + 1 == s_.pp) {
       const ModelSpec spec = wide_spec("qwen3", false);
       limits.trains = false;
@@ -156,7 +187,7 @@ class Rank {
     trainer.run(state);
     const std::lock_guard lock(mutex_);
     for (const Param& p : student.table().all())
-      put(outcome_.weights, *device_, p, {p.offset, p.size()}, student.values());
+      outcome_.differing += put(outcome_.weights, *device_, p, {p.offset, p.size()}, student.values());
   }
 
  private:
@@ -186,6 +217,8 @@ class Rank {
       if (name == "train/loss") outcome_.losses.push_back(value);
       if (name == "student/grad_norm") outcome_.norms.push_back(value);
       if (name == "student/val_loss") outcome_.validation.push_back(value);
+      if (name == "time/teacher_wait") outcome_.teacher_waits.push_back(value);
+      if (name == "time/student_wait") outcome_.student_waits.push_back(value);
     }
   }
 
@@ -247,12 +280,15 @@ void check_equal(const Setup& setup) {
   for (std::size_t i = 0; i < one.validation.size(); ++i)
     CHECK(grid.validation[i] == Approx(one.validation[i]).epsilon(tolerance));
   REQUIRE(grid.gradients.size() == one.gradients.size());
+  CHECK(grid.differing == 0);
   if (setup.dtype != DType::f32) return;
   double squares = 0, off = 0, largest = 0;
   for (const auto& [name, expected] : one.weights) {
     CAPTURE(name);
     const std::vector<float>&found = grid.weights.at(name), &gradient = one.gradients.at(name);
     std::vector<float> difference = grid.gradients.at(name);
+    REQUIRE(difference.size() == gradient.size());
+    REQUIRE(found.size() == expected.size());
     for (std::size_t i = 0; i < difference.size(); ++i) difference[i] -= gradient[i];
     CHECK(norm(difference) <= 1e-5 * norm(gradient));
     for (std::size_t i = 0; i < expected.size(); ++i) {
@@ -301,30 +337,91 @@ Setup random_setup(std::mt19937& random, int most_ranks) {
 
 }  // namespace
 
-// Most pairs of values of two properties occur in one of these; tag [full] has all.
-TEST_CASE("ten steps on a grid are ten steps on one rank", "[grid]") {
+namespace {
+
+// A run for every pair of values of two properties (the test below sees to that), and two large ones; tag [full] has
+// all combinations. What else there is to choose varies along.
+std::vector<Setup> cover() {
   constexpr auto none = Recompute::none, full = Recompute::full, selective = Recompute::selective;
   constexpr auto packed = Layout::packed, padded = Layout::padded;
   constexpr auto fkl = Objective::forward_kl, rkl = Objective::reverse_kl, adaptive = Objective::adaptive_kl,
                  js = Objective::js_divergence, sfkl = Objective::skewed_forward_kl,
                  srkl = Objective::skewed_reverse_kl;
   constexpr auto f32 = DType::f32;
-  const Setup setup =
-      GENERATE(Setup{"qwen2", true, fkl, 0, f32, 2, 1, 1, false, packed, none, true, true, 0},
-               Setup{"qwen3", false, rkl, 0, f32, 2, 1, 2, true, packed, full, true, true, 0},
-               Setup{"qwen2", true, adaptive, 0, f32, 4, 1, 1, true, padded, selective, false, false, 2},
-               Setup{"llama", false, js, 0, f32, 4, 1, 2, false, packed, none, true, false, 1},
-               Setup{"qwen2", true, sfkl, 0, f32, 1, 2, 1, false, packed, full, true, true, 0},
-               Setup{"mistral", false, srkl, 0, f32, 1, 4, 1, false, padded, selective, false, true, 0},
-               Setup{"qwen2", true, fkl, 0, f32, 1, 1, 2, false, packed, selective, true, true, 0},
-               Setup{"qwen3", true, adaptive, 6, f32, 2, 2, 1, true, packed, full, false, true, 0},
-               Setup{"qwen2", false, fkl, 6, f32, 2, 2, 2, true, padded, none, true, true, 0},
-               Setup{"qwen2", true, fkl, 0, f32, 2, 2, 2, false, packed, selective, true, false, 1},
-               Setup{"qwen3", false, rkl, 0, f32, 4, 2, 2, true, packed, full, true, true, 0},
-               Setup{"qwen2", true, adaptive, 0, f32, 4, 4, 1, false, packed, none, true, true, 0},
-               Setup{"llama", false, js, 0, f32, 1, 4, 2, false, packed, full, false, false, 1},
-               Setup{"qwen2", true, sfkl, 0, f32, 2, 4, 2, true, padded, selective, true, true, 0});
-  check_equal(setup);
+  constexpr bool balanced = true;
+  return {{"qwen2", true, fkl, 0, f32, 1, 1, 1, false, packed, selective, false, true, 2},
+          {"qwen3", true, rkl, 0, f32, 2, 1, 1, true, packed, full, true, false, 0, balanced},
+          {"mistral", false, srkl, 0, f32, 1, 1, 2, false, padded, full, true, true, 0},
+          {"llama", false, js, 0, f32, 2, 1, 1, true, packed, none, false, false, 1},
+          {"mistral", false, srkl, 0, f32, 1, 2, 1, false, packed, selective, true, true, 0, balanced},
+          {"qwen2", true, sfkl, 0, f32, 1, 4, 2, false, packed, none, false, false, 0, balanced},
+          {"qwen3", false, rkl, 0, f32, 2, 4, 1, true, padded, selective, true, true, 0},
+          {"qwen2", false, fkl, 6, f32, 2, 2, 2, true, packed, full, true, true, 0},
+          {"qwen2", true, adaptive, 0, f32, 2, 2, 1, false, padded, none, true, false, 2},
+          {"qwen3", true, adaptive, 6, f32, 4, 1, 2, true, packed, selective, true, false, 1, balanced},
+          {"llama", false, js, 0, f32, 4, 2, 1, false, padded, none, false, true, 0},
+          {"qwen3", false, rkl, 0, f32, 4, 4, 1, true, packed, full, false, true, 0},
+          {"qwen2", true, adaptive, 0, f32, 4, 2, 2, true, packed, none, true, true, 0},
+          {"qwen2", true, sfkl, 0, f32, 2, 4, 2, true, padded, selective, true, true, 0}};
+}
+
+enum class Packing { none, balanced, padded };
+
+// What must be covered, each property by the number of its value.
+using Levels = std::array<int, 9>;
+Levels levels(const Setup& s) {
+  const Packing packing = s.layout == Layout::padded ? Packing::padded : s.balances ? Packing::balanced : Packing::none;
+  return {s.tp, s.pp, s.dp, s.cuts_tokens, int(packing), s.tied, int(s.recompute), s.shards, s.overlaps};
+}
+const std::array<std::vector<int>, 9> all_levels{
+    {{1, 2, 4}, {1, 2, 4}, {1, 2}, {0, 1}, {0, 1, 2}, {0, 1}, {0, 1, 2}, {0, 1}, {0, 1}}};
+
+// Up to 16 ranks; tokens are cut over ranks of a tensor-parallel group.
+bool is_possible(const Levels& l) { return l[0] * l[1] * l[2] <= 16 && (l[3] == 0 || l[0] > 1); }
+
+using Pairs = std::set<std::array<int, 4>>;  // property, its value, another property, its value
+void add_pairs(Pairs& pairs, const Levels& l) {
+  for (int a = 0; a < int(l.size()); ++a)
+    for (int b = 0; b < a; ++b) pairs.insert({a, l[std::size_t(a)], b, l[std::size_t(b)]});
+}
+
+// Of all possible combinations.
+void add_possible_pairs(Pairs& pairs, Levels& l, std::size_t next = 0) {
+  if (next == l.size()) {
+    if (is_possible(l)) add_pairs(pairs, l);
+    return;
+  }
+  for (const int value : all_levels[next]) {
+    l[next] = value;
+    add_possible_pairs(pairs, l, next + 1);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("every possible pair of values of two properties is in the cover") {
+  Pairs wanted, covered;
+  Levels l{};
+  add_possible_pairs(wanted, l);
+  CHECK(wanted.size() == (22 * 22 - 56) / 2 - 1);  // 22 values, of each two properties all pairs, but one
+  for (const Setup& setup : cover()) {
+    CHECK(is_possible(levels(setup)));
+    add_pairs(covered, levels(setup));
+  }
+  CHECK(covered == wanted);
+}
+
+TEST_CASE("ten steps on a grid are ten steps on one rank", "[grid]") { check_equal(GENERATE(from_range(cover()))); }
+
+TEST_CASE("waits for teachers, and of teachers, are means over the ranks that have one") {
+  Setup setup;
+  setup.tp = 2;
+  setup.pp = GENERATE(1, 4);
+  const Outcome outcome = train(setup);
+  REQUIRE(outcome.teacher_waits.size() == std::size_t(steps));
+  for (const double seconds : outcome.teacher_waits) CHECK(seconds == Approx(setup.micro_batches() * teacher_wait));
+  REQUIRE(outcome.student_waits.size() == std::size_t(steps));
+  for (const double seconds : outcome.student_waits) CHECK(seconds == Approx(setup.micro_batches() * student_wait));
 }
 
 TEST_CASE("in bf16 a grid trains like one rank to rounding", "[grid]") {
@@ -343,6 +440,7 @@ TEST_CASE("a grid gives the same bits twice", "[grid]") {
   CHECK(a.losses == b.losses);
   CHECK(a.norms == b.norms);
   CHECK(a.weights == b.weights);
+  CHECK(a.differing == 0);
 }
 
 TEST_CASE("any grid, shape and cut of the batch trains like one rank", "[grid]") {

@@ -33,7 +33,7 @@ int main(int argc, char** argv) {
   try {
     return run(argc, argv);
   } catch (const std::exception& error) {
-    std::cerr << distill::text("rank ", mpi.world().rank(), ": ", error.what(), "\n");
+    std::cerr << distill::text("rank ", mpi.me().world_rank, ": ", error.what(), "\n");
     mpi.abort_all(1);
   }
 }
