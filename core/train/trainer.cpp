@@ -117,6 +117,10 @@ Trainer::End Trainer::run(TrainState& state) {
     if (hooks_.save && saved != state.step) hooks_.save(state);
     saved = state.step;
   };
+  const auto finish_saves = [&] {
+    const Stopwatch watch(device_, times_.checkpoint);
+    if (hooks_.finish_saves) hooks_.finish_saves();
+  };
   double checkpoints_reported = 0;
   while (state.step < options_.total_steps) {
     StepResult result;
@@ -147,18 +151,25 @@ Trainer::End Trainer::run(TrainState& state) {
       metrics.values.emplace_back("student/val_loss", validation_loss());
     }
     if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
-    if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps)
+    if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps) {
+      try {
+        finish_saves();
+      } catch (const Error&) {  // has been reported, and is not why the run ends
+      }
       throw CommonError(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
                                                    " steps in a row, the last of them step ", state.step,
                                                    " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
                                                    "); the weights are those before the first of them"));
+    }
     if (due(options_.save_steps)) save();
     if (!last && hooks_.stop_requested && hooks_.stop_requested()) {
       save();
+      finish_saves();
       return End::stopped;
     }
   }
   save();
+  finish_saves();
   return End::finished;
 }
 

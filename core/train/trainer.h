@@ -40,6 +40,7 @@ struct TrainerOptions {
 struct TrainerHooks {
   std::function<void(const MetricRecord&)> report;  // every logging_steps and whenever there is a validation
   std::function<void(const TrainState&)> save;      // every save_steps and at the end
+  std::function<void()> finish_saves = {};          // waits until what was saved is kept; before run() ends
   std::function<bool()> stop_requested;             // asked between steps, agreed among ranks
 };
 
