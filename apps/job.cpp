@@ -143,7 +143,7 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   if (!studies) {
     TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload, *groups.pp_forward,
                 *groups.pp_backward)
-        .run(first_step, plan.total_steps);
+        .run(first_step, plan.total_steps, {validation.get(), config.eval_steps, plan.total_steps});
     return ExitCode::ok;
   }
 

@@ -44,7 +44,12 @@ TEST_CASE("one rank and two ranks give the same bits", "[e2e]") {
   CHECK(shop.losses("one-" + dtype) == shop.losses("two-" + dtype));
   CHECK(shop.weights("one-" + dtype) == shop.weights("two-" + dtype));
   CHECK(fs::exists(shop.path("two-" + dtype + "/finished")));
-  CHECK(column(shop.path("logs/one-" + dtype + "/metrics.csv"), "student/val_loss")[2] != "");
+  for (const char* metric : {"student/val_loss", "student/val_distill_loss", "student/val_perplexity",
+                             "student/val_top1_agreement"}) {
+    const auto a = column(shop.path("logs/one-" + dtype + "/metrics.csv"), metric);
+    CHECK(a[2] != "");
+    CHECK(a == column(shop.path("logs/two-" + dtype + "/metrics.csv"), metric));
+  }
   CHECK_THAT(two.output, Catch::Contains("where the time went"));
 }
 

@@ -8,6 +8,7 @@
 
 #include "core/train/teacher.h"
 #include "kernels/backends.h"
+#include "test/support/loss_reference.h"
 #include "test/support/tiny_models.h"
 
 using namespace distill;
@@ -59,7 +60,7 @@ struct Run {
         teacher_model(*device, tiny_spec("qwen3", false), s.dtype, limits(*this, false)),
         optimizer(*device, student.table(), student.values(), {.max_grad_norm = 1}),
         sync(student.table(), student.values(), student.gradients(), {alone, alone}, true, true),
-        teacher(*device, teacher_model, real_vocabulary, data.most_tokens(), data.most_supervised()),
+        teacher(*device, teacher_model, real_vocabulary, limits(*this, false).tokens, limits(*this, false).supervised),
         source(*device, teacher, s.dtype, 8) {
     randomise(*device, student, 1, 0.1f);
     randomise(*device, teacher_model, 2, s.teacher_std);
@@ -172,6 +173,59 @@ TEST_CASE("saves come at their period and at the end, validation too", "[trainer
   CHECK(run.metric(1, "student/val_loss") > 0);
   CHECK_THROWS(run.metric(0, "student/val_loss"));
   CHECK(run.metric(4, "student/val_loss") > 0);
+}
+
+namespace {
+
+// Logits of the supervised positions of one sample, products in double.
+std::vector<reference::Numbers> logits_of(Device& device, Transformer& model, const MicroBatch& micro) {
+  BatchOnDevice batch(device, std::int64_t(micro.tokens.size()), std::int64_t(micro.supervised.size()));
+  const View hidden = model.forward(batch.upload(micro));
+  const auto h = download<float>(device, hidden), head = download<float>(device, model.head(real_vocabulary));
+  std::vector<reference::Numbers> all;
+  for (std::int64_t row = 0; row < hidden.rows; ++row) {
+    reference::Numbers& logits = all.emplace_back(std::size_t(real_vocabulary), 0.0);
+    for (std::int64_t v = 0; v < real_vocabulary; ++v)
+      for (std::int64_t i = 0; i < hidden.cols; ++i)
+        logits[std::size_t(v)] +=
+            double(h[std::size_t(row * hidden.cols + i)]) * head[std::size_t(v * hidden.cols + i)];
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("validation is the mean over every supervised position of the whole set", "[trainer]") {
+  const double weight = GENERATE(0.0, 0.5);
+  Run run({.weight = weight, .with_validation = true});
+  run.go(1);
+  // Sample by sample, with the weights after the step.
+  LossSpec spec;
+  spec.vocabulary = real_vocabulary;
+  double loss = 0, divergence = 0, agreement = 0, positions = 0;
+  const Samples& samples = run.validation.samples();
+  REQUIRE(samples.size() % 3 != 0);  // of which batches are made
+  for (std::int32_t i = 0; i < samples.size(); ++i) {
+    const MicroBatch micro = assemble(samples, std::array{i}, Layout::packed);
+    const auto student = logits_of(*run.device, run.student, micro),
+               teacher = logits_of(*run.device, run.teacher_model, micro);
+    for (std::size_t p = 0; p < student.size(); ++p, ++positions) {
+      const auto term = reference::loss(student[p], teacher[p], std::size_t(micro.labels[p]), spec);
+      loss += term.cross_entropy;
+      divergence += term.divergence;
+      agreement += term.top1_agreement;
+    }
+  }
+  CHECK(run.metric(0, "student/val_loss") == Approx(loss / positions).epsilon(1e-5));
+  CHECK(run.metric(0, "student/val_perplexity") == Approx(std::exp(loss / positions)).epsilon(1e-5));
+  if (weight == 0) {
+    CHECK_THROWS(run.metric(0, "student/val_distill_loss"));
+    CHECK_THROWS(run.metric(0, "student/val_top1_agreement"));
+  } else {
+    CHECK(run.metric(0, "student/val_distill_loss") == Approx(divergence / positions).epsilon(1e-5));
+    CHECK(agreement > 0);
+    CHECK(run.metric(0, "student/val_top1_agreement") == Approx(agreement / positions));
+  }
 }
 
 TEST_CASE("a stop request saves and ends at the next step", "[trainer]") {

@@ -69,8 +69,8 @@ std::ostream& operator<<(std::ostream& out, const Setup& s) {
 using Whole = std::map<std::string, std::vector<float>>;
 
 struct Outcome {
-  std::vector<double> losses, norms, validation;
-  Whole gradients, weights;  // of the first step; at the end
+  std::vector<double> losses, norms, validation;  // of validation all four metrics
+  Whole gradients, weights;                       // of the first step; at the end
 };
 
 // Elements `range` of a rank's flat storage into the whole.
@@ -185,7 +185,7 @@ class Rank {
     for (const auto& [name, value] : record.values) {
       if (name == "train/loss") outcome_.losses.push_back(value);
       if (name == "student/grad_norm") outcome_.norms.push_back(value);
-      if (name == "student/val_loss") outcome_.validation.push_back(value);
+      if (name.starts_with("student/val_")) outcome_.validation.push_back(value);
     }
   }
 
@@ -238,6 +238,7 @@ void check_equal(const Setup& setup) {
   const Outcome &one = on_one_rank(setup), grid = train(setup);
   const double tolerance = setup.dtype == DType::f32 ? 1e-5 : 2e-2;
   REQUIRE(grid.losses.size() == one.losses.size());
+  REQUIRE(one.validation.size() == 4 * steps / 5);
   REQUIRE(grid.validation.size() == one.validation.size());
   for (std::size_t i = 0; i < one.losses.size(); ++i) {
     CAPTURE(i);
