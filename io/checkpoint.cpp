@@ -55,6 +55,7 @@ std::optional<std::string> CheckpointFolder::newest() {
     if (path.empty()) return std::nullopt;
     try {
       ranks_.run_together([&] { check_every_byte(path); });
+      verified_ = path;
       return path;
     } catch (const Error& problem) {
       if (problem.code() == ExitCode::peer_lost) throw;
@@ -78,7 +79,8 @@ TrainState CheckpointFolder::load(const std::string& path, const std::vector<Che
     for (const CheckpointTensor& tensor : tensors) reader->check_holds(stored(tensor));
   });
   check_all_wanted(*reader, tensors);
-  ranks_.run_together([&] { check_every_byte(path); });
+  if (path != verified_) ranks_.run_together([&] { check_every_byte(path); });
+  verified_.clear();
   ranks_.run_together([&] {
     std::vector<std::byte> bytes;
     for (const CheckpointTensor& tensor : tensors) {

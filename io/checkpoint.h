@@ -27,7 +27,8 @@ class CheckpointFolder final : public CheckpointStore {
   void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) override;
   void finish() override { writer_.finish(); }
   std::optional<std::string> newest() override;
-  // Any checkpoint of this program, in this folder or elsewhere, written by any grid. Every byte is checked first.
+  // Any checkpoint of this program, in this folder or elsewhere, written by any grid. Every byte is checked first,
+  // unless newest() has just done it.
   TrainState load(const std::string& path, const std::vector<CheckpointTensor>& tensors) override;
 
  private:
@@ -37,7 +38,8 @@ class CheckpointFolder final : public CheckpointStore {
 
   std::string folder_;
   CheckpointRun run_;
-  std::string nearest_;  // this rank's own file, where the same grid wrote it
+  std::string verified_;  // what newest() has checked, for load() to go on with
+  std::string nearest_;   // this rank's own file, where the same grid wrote it
   Device& device_;
   Communicator& ranks_;
   Warn warn_;

@@ -56,7 +56,7 @@ void check_space(const std::string& path, std::uint64_t bytes) {
 }
 
 // Reads back what was written, from the disk rather than from memory where the system can be asked to.
-void verify(const std::string& folder, const StoredShard& shard) {
+void read_back(const std::string& folder, const StoredShard& shard) {
   const std::string path = fs::path(folder) / shard.file;
   if (const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC); descriptor >= 0) {
     posix_fadvise(descriptor, 0, 0, POSIX_FADV_DONTNEED);
@@ -145,13 +145,14 @@ void CheckpointWriter::write_checkpoint() {
   std::optional<DurableFolder> out;
   const std::string partial = begin(out);
   std::optional<StoredShard> mine;
-  ranks_->run_together([&] {
-    mine = write_shard(partial);
-    if (mine) verify(partial, *mine);
-  });
+  ranks_->run_together([&] { mine = write_shard(partial); });
   const std::vector<std::string> shards = ranks_->all_gather(mine ? to_json(*mine) : "");
   ranks_->run_together([&] {
     if (is_first()) complete(*out, shards);
+  });
+  if (keep_ > 0) verify(mine);
+  ranks_->run_together([&] {
+    if (is_first()) tidy();
   });
 }
 
@@ -190,7 +191,7 @@ std::optional<StoredShard> CheckpointWriter::write_shard(const std::string& fold
   return shard;
 }
 
-// The files of all ranks are there and good.
+// The files of all ranks are there.
 void CheckpointWriter::complete(DurableFolder& out, const std::vector<std::string>& shards) {
   CheckpointManifest manifest{.serial = serial_ + 1, .written = utc_now(), .state = state_, .run = run_, .shards = {}};
   for (const std::string& shard : shards)
@@ -198,14 +199,45 @@ void CheckpointWriter::complete(DurableFolder& out, const std::vector<std::strin
   write_durably(fs::path(out.partial()) / "manifest.json", to_json(manifest));
   out.commit();
   ++serial_;
-  if (keep_ > 0) prune(fs::path(folder_) / name_of_step(state_.step));
 }
 
-// Deletes the oldest complete checkpoints beyond `keep`, never the one that was just written.
-void CheckpointWriter::prune(const std::string& newest_path) const {
-  const std::vector<CompleteCheckpoint> complete = complete_checkpoints(folder_, [](const std::string&) {});
+// Before older ones go: what the disk has not kept is removed again.
+void CheckpointWriter::verify(const std::optional<StoredShard>& mine) {
+  const std::string path = fs::path(folder_) / name_of_step(state_.step);
+  try {
+    ranks_->run_together([&] {
+      if (mine) read_back(path, *mine);
+    });
+  } catch (const CommonError&) {
+    ranks_->run_together([&] {
+      if (is_first()) remove_folder(path);
+    });
+    throw;
+  }
+}
+
+void CheckpointWriter::tidy() const {
+  if (keep_ == 0 && !state_.validation_loss) return;
+  const std::vector<CompleteCheckpoint> all = complete_checkpoints(folder_, [](const std::string&) {});
+  if (const CompleteCheckpoint* best = best_of(all)) mark(*best);
+  if (keep_ > 0) prune(all);
+}
+
+// Which one is best is read from all manifests every time, so a link that a kill kept from being changed is mended.
+void CheckpointWriter::mark(const CompleteCheckpoint& best) const {
+  const fs::path link = fs::path(folder_) / best_name;
+  try {
+    replace_link(link, fs::path(best.path).filename());
+  } catch (const Error& problem) {
+    warn_(text("the best checkpoint, ", best.path, ", is not marked: ", problem.what()));
+  }
+}
+
+// Deletes the oldest complete checkpoints beyond `keep`, never the best one.
+void CheckpointWriter::prune(const std::vector<CompleteCheckpoint>& complete) const {
+  const CompleteCheckpoint* best = best_of(complete);
   for (std::size_t i = std::size_t(keep_); i < complete.size(); ++i) {
-    if (complete[i].path == newest_path) continue;
+    if (&complete[i] == best) continue;
     try {
       remove_folder(complete[i].path);
     } catch (const Error& problem) {

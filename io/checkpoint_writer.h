@@ -32,7 +32,7 @@ class CheckpointWriter {
   using Warn = std::function<void(const std::string&)>;
 
   // `ranks`: all that own state; the writer talks to them in a group of its own. `keep` > 0: so many of the newest
-  // checkpoints stay.
+  // checkpoints stay, and the best one; the others go once a new one has been read back.
   CheckpointWriter(std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Communicator& ranks,
                    Warn warn);
   // Waits until all is written. While an exception passes it leaves off instead: that checkpoint will not exist.
@@ -63,7 +63,10 @@ class CheckpointWriter {
   std::string begin(std::optional<class DurableFolder>& out);
   std::optional<StoredShard> write_shard(const std::string& folder) const;
   void complete(DurableFolder& out, const std::vector<std::string>& shards);
-  void prune(const std::string& newest_path) const;
+  void verify(const std::optional<StoredShard>& mine);
+  void tidy() const;
+  void mark(const CompleteCheckpoint& best) const;
+  void prune(const std::vector<CompleteCheckpoint>& complete) const;
   bool is_first() const { return ranks_->rank() == 0; }
 
   std::string folder_;

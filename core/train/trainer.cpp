@@ -133,6 +133,7 @@ Trainer::End Trainer::run(TrainState& state) {
     state.loss_scale_good_steps = loss_scale_.good_steps();
     state.nonfinite_in_a_row = nonfinite_in_a_row_;
     state.optimizer_updates = optimizer_.updates();
+    state.validation_loss.reset();
 
     const bool last = state.step == options_.total_steps, validate = validation_.is_due(state.step);
     MetricRecord metrics = record(state, result);
@@ -142,7 +143,8 @@ Trainer::End Trainer::run(TrainState& state) {
     metrics.values.emplace_back("memory/peak", peak_memory);
     if (validate) {
       const Stopwatch watch(device_, times_.validation);
-      add_validation(metrics);
+      const double loss = add_validation(metrics);
+      if (std::isfinite(loss)) state.validation_loss = loss;
     }
     if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
     if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps) {
@@ -308,14 +310,15 @@ LossSums Trainer::validate() {
   return means;
 }
 
-void Trainer::add_validation(MetricRecord& metrics) {
+double Trainer::add_validation(MetricRecord& metrics) {
   const LossSums means = validate();
   const double loss = means[LossTerms::cross_entropy];
   metrics.values.emplace_back("student/val_loss", loss);
   metrics.values.emplace_back("student/val_perplexity", std::exp(loss));
-  if (options_.loss.distill_weight == 0) return;
+  if (options_.loss.distill_weight == 0) return loss;
   metrics.values.emplace_back("student/val_distill_loss", means[LossTerms::divergence]);
   metrics.values.emplace_back("student/val_top1_agreement", means[LossTerms::top1_agreement]);
+  return loss;
 }
 
 MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const {

@@ -106,7 +106,8 @@ class Trainer {
   void sum_over_last_stages(std::span<double> values);
   bool counts_loss() const { return links_.is_last() && student_.tp().rank() == 0; }
   void apply(StepResult& result);
-  void add_validation(MetricRecord& metrics);
+  // Returns the cross-entropy.
+  double add_validation(MetricRecord& metrics);
   MetricRecord record(const TrainState& state, const StepResult& result) const;
 
   Device& device_;

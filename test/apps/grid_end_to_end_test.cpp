@@ -165,7 +165,8 @@ TEST_CASE("a grid resumes bit for bit, and another grid goes on within rounding"
   REQUIRE(whole.code == 0);
   const auto copy = [&](const std::string& name) {
     for (const std::string folder : {"", "logs/"})
-      fs::copy(shop.path(folder + "whole"), shop.path(folder + name), fs::copy_options::recursive);
+      fs::copy(shop.path(folder + "whole"), shop.path(folder + name),
+               fs::copy_options::recursive | fs::copy_options::copy_symlinks);
     fs::remove_all(shop.path(name + "/checkpoints/step-000010"));
     fs::remove_all(shop.path(name + "/export"));
   };

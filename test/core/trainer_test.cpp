@@ -173,6 +173,17 @@ TEST_CASE("saves come at their period and at the end, validation too", "[trainer
   CHECK(run.metric(1, "student/val_loss") > 0);
   CHECK_THROWS(run.metric(0, "student/val_loss"));
   CHECK(run.metric(4, "student/val_loss") > 0);
+  CHECK(run.saved[0].validation_loss == run.metric(1, "student/val_loss"));
+  CHECK(run.saved[2].validation_loss == run.metric(4, "student/val_loss"));
+}
+
+TEST_CASE("a checkpoint of a step that was not validated has no validation loss", "[trainer]") {
+  Run run({.with_validation = true});
+  run.stop = [&] { return run.records.size() == 3; };
+  run.go(5);
+  REQUIRE(run.saved.back().step == 3);
+  CHECK(run.saved[0].validation_loss.has_value());
+  CHECK_FALSE(run.saved.back().validation_loss.has_value());
 }
 
 namespace {
