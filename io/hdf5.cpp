@@ -1,5 +1,6 @@
 #include "io/hdf5.h"
 
+#include <fcntl.h>
 #include <hdf5.h>
 #include <unistd.h>
 
@@ -21,7 +22,7 @@ namespace {
 using hdf5::Id, hdf5::must, hdf5::must_read, hdf5::take_turn;
 
 constexpr std::int64_t slab_bytes = 8 << 20;
-constexpr std::size_t most_at_once = 64 << 20;  // bytes of a write
+constexpr std::size_t most_at_once = 8 << 20;  // bytes of a write
 constexpr const char *format_attribute = "format", *whole_attribute = "whole_shape", *first_attribute = "first";
 
 hid_t stored_type(DType type) {
@@ -151,6 +152,8 @@ FileRange Hdf5Writer::write(const StoredMatrix& matrix, std::span<const std::byt
     const ssize_t n = pwrite(descriptor_, values.data(), std::min(values.size(), most_at_once), off_t(at));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) fail(path_, ": cannot write ", matrix.name, ": ", std::strerror(errno));
+    // The disk begins at once rather than when the file is flushed; a wish, so it cannot fail.
+    sync_file_range(descriptor_, off_t(at), n, SYNC_FILE_RANGE_WRITE);
     values = values.subspan(std::size_t(n));
     at += std::uint64_t(n);
   }

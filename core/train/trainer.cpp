@@ -137,16 +137,18 @@ Trainer::End Trainer::run(TrainState& state) {
 
     const bool last = state.step == options_.total_steps, validate = validation_.is_due(state.step);
     MetricRecord metrics = record(state, result);
-    // Of the checkpoints since the step before.
+    // Of all checkpoints since the last report.
     metrics.values.emplace_back("time/checkpoint_stall", times_.checkpoint - checkpoints_reported);
-    checkpoints_reported = times_.checkpoint;
     metrics.values.emplace_back("memory/peak", peak_memory);
     if (validate) {
       const Stopwatch watch(device_, times_.validation);
       const double loss = add_validation(metrics);
       if (std::isfinite(loss)) state.validation_loss = loss;
     }
-    if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
+    if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) {
+      hooks_.report(metrics);
+      checkpoints_reported = times_.checkpoint;
+    }
     if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps) {
       try {
         finish_saves();

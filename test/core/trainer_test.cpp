@@ -2,10 +2,13 @@
 #include "core/train/trainer.h"
 
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <thread>
 
+#include "core/train/stopwatch.h"
 #include "core/train/teacher.h"
 #include "kernels/backends.h"
 #include "test/support/loss_reference.h"
@@ -26,6 +29,7 @@ struct Setup {
   double lr = 3e-3;
   bool with_validation = false;
   float teacher_std = 0.3f;
+  std::int64_t logging_steps = 1;
 };
 
 // A whole run on one rank.
@@ -44,6 +48,8 @@ struct Run {
   std::vector<MetricRecord> records;
   std::vector<TrainState> saved;
   TrainState state;
+  std::chrono::milliseconds save_time{0};
+  double save_seconds = 0;
   std::function<bool()> stop = [] { return false; };
 
   static Transformer::Limits limits(const Run& r, bool trains) {
@@ -70,6 +76,7 @@ struct Run {
   Trainer::End go(std::int64_t steps) {
     TrainerOptions options;
     options.total_steps = steps;
+    options.logging_steps = setup.logging_steps;
     options.save_steps = 2;
     options.eval_steps = 2;
     options.learning_rate = setup.lr;
@@ -80,9 +87,15 @@ struct Run {
     Trainer trainer(*device, student, optimizer, sync, setup.weight != 0 ? &source : nullptr, data,
                     setup.with_validation ? &validation : nullptr, {alone, alone, alone, alone}, options,
                     {.report = [this](const MetricRecord& r) { records.push_back(r); },
-                     .save = [this](const TrainState& at) { saved.push_back(at); },
+                     .save = [this](const TrainState& at) { save(at); },
                      .stop_requested = stop});
     return trainer.run(state);
+  }
+
+  void save(const TrainState& at) {
+    const Stopwatch watch(*device, save_seconds);
+    saved.push_back(at);
+    std::this_thread::sleep_for(save_time);
   }
 
   double metric(std::size_t record, const std::string& name) const {
@@ -175,6 +188,20 @@ TEST_CASE("saves come at their period and at the end, validation too", "[trainer
   CHECK(run.metric(4, "student/val_loss") > 0);
   CHECK(run.saved[0].validation_loss == run.metric(1, "student/val_loss"));
   CHECK(run.saved[2].validation_loss == run.metric(4, "student/val_loss"));
+}
+
+TEST_CASE("the time of a save is in the next report, however late that is", "[trainer]") {
+  Run run({.logging_steps = 4});
+  run.save_time = std::chrono::milliseconds(50);
+  run.go(12);
+  REQUIRE(run.records.size() == 3);
+  CHECK(run.metric(0, "time/checkpoint_stall") >= 0.05);  // step 2
+  CHECK(run.metric(1, "time/checkpoint_stall") >= 0.10);  // steps 4 and 6
+  CHECK(run.metric(2, "time/checkpoint_stall") >= 0.10);  // steps 8 and 10
+  // And none twice.
+  double reported = 0;
+  for (std::size_t record = 0; record < 3; ++record) reported += run.metric(record, "time/checkpoint_stall");
+  CHECK(reported < 1.2 * run.save_seconds);
 }
 
 TEST_CASE("a checkpoint of a step that was not validated has no validation loss", "[trainer]") {
