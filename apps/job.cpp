@@ -135,21 +135,24 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   std::optional<Channel> channel;
   world.run_together([&] { channel.emplace(plan, payload, *device, place, groups, teacher ? &*teacher : nullptr); });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
-  CheckpointFolder checkpoints(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
-                               {place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
-                               *groups.role, warn);
+  std::optional<CheckpointFolder> checkpoints;
   TrainState state;
   std::vector<std::unique_ptr<MetricSink>> sinks;
   run_long(world, [&] {
     const WaitForWork patience(*groups.role);
-    if (studies) state = resume(plan, checkpoints, *student, say);
+    if (studies) {
+      checkpoints.emplace(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
+                          StoredPlace{place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
+                          *groups.role, warn);
+      state = resume(plan, *checkpoints, *student, say);
+    }
     if (leads) sinks = open_outputs(*folder, plan, state.step, warn);
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {
     TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload, *groups.pp_forward,
                 *groups.pp_backward)
-        .run(first_step, plan.total_steps);
+        .run(first_step, plan.total_steps, {validation.get(), config.eval_steps, plan.total_steps});
     return ExitCode::ok;
   }
 
@@ -161,8 +164,9 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   };
   hooks.save = [&](const TrainState& at) {
     const WaitForWork patience(*groups.role);
-    checkpoints.save(at, student->state(CheckpointUse::save));
+    checkpoints->save(at, student->state(CheckpointUse::save));
   };
+  hooks.finish_saves = [&] { checkpoints->finish(); };
   bool is_late = false;
   hooks.stop_requested = [&] {
     is_late = leads && config.max_time && Clock::now() - started >= *config.max_time;  // one clock decides for all

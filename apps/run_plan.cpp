@@ -137,6 +137,10 @@ void check_shared_memory(const RunPlan& plan, bool has_begun, const Warn& warn) 
   if (ranks > 1 && !has_begun)  // `check --ranks`: all are planned on one node
     groups[0] +=
         shared_group_bytes(ranks) + data_bytes(plan.train) + (plan.validation ? data_bytes(*plan.validation) : 0);
+  std::map<int, int> students;  // by node
+  for (const Place& place : plan.grid.places) students[place.node] += is_student(place.role);
+  if (students.size() == 1 && students.begin()->second > 1)  // their checkpoint writers are one more group
+    groups[students.begin()->first] += shared_group_bytes(students.begin()->second);
   for (const Place& place : plan.grid.places)
     if (place.role == Role::student && place.partner >= 0 && place.pp_rank + 1 == plan.grid.sizes.pp)
       channels[place.node] += most_channel_bytes(plan, place);

@@ -356,7 +356,8 @@ struct Config {
     v("save_steps", s.save_steps, not_negative, "steps between checkpoints; 0: only the final one");
     v("logging_steps", s.logging_steps, not_negative, "steps between lines of metrics; 0: never");
     v("eval_steps", s.eval_steps, not_negative, "steps between validations; 0: never");
-    v("max_ckpt_to_keep", s.max_ckpt_to_keep, not_negative, "newest checkpoints that are kept; 0: all");
+    v("max_ckpt_to_keep", s.max_ckpt_to_keep, not_negative,
+      "newest checkpoints that are kept, beside the best one; 0: all");
     v("resume_from_checkpoint", s.resume_from_checkpoint, anything,
       "true: the newest complete checkpoint of this run; or its path");
     v("student_pretrain", s.student_pretrain, anything, "Hugging Face model folder of the student");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace distill {
 
@@ -12,6 +13,8 @@ struct TrainState {
   int nonfinite_in_a_row = 0;
   std::int64_t optimizer_updates = 0;
   std::int64_t samples = 0, tokens = 0;  // consumed by all ranks
+  // Mean cross-entropy over the validation data at this very step; none where it was not validated or is not finite.
+  std::optional<double> validation_loss = {};
 };
 
 }  // namespace distill

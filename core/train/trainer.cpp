@@ -10,11 +10,6 @@ namespace distill {
 
 namespace {
 
-LossSpec cross_entropy_only(LossSpec spec) {
-  spec.distill_weight = 0;
-  return spec;
-}
-
 // (query, key) pairs of causal attention over packed sequences.
 double attention_pairs(const MicroBatch& batch) {
   double pairs = 0;
@@ -47,6 +42,9 @@ std::vector<std::string> metric_names() {
           "student/loss_scale",
           "student/skipped_steps",
           "student/val_loss",
+          "student/val_distill_loss",
+          "student/val_perplexity",
+          "student/val_top1_agreement",
           "distill/student_entropy",
           "distill/teacher_entropy",
           "distill/top1_agreement",
@@ -89,7 +87,7 @@ Trainer::Trainer(Device& device, Transformer& student, Optimizer& optimizer, Gra
       sync_(sync),
       teacher_(teacher),
       data_(data),
-      validation_(validation),
+      validation_{validation, options.eval_steps, options.total_steps},
       groups_(groups),
       links_(groups.pp_forward, groups.pp_backward),
       options_(options),
@@ -100,11 +98,7 @@ Trainer::Trainer(Device& device, Transformer& student, Optimizer& optimizer, Gra
   for (int i = 0; i < most_in_flight(links_.stages(), links_.stage(), options.micro_batches); ++i)
     batches_.emplace_back(device, tokens, supervised);
   if (!links_.is_last()) return;
-  head_loss_.emplace(device, student, options_.loss, options_.logits_chunk, data.most_supervised(),
-                     &student.tp().group());
-  if (validation_)
-    validation_head_.emplace(device, student, cross_entropy_only(options_.loss), options_.logits_chunk,
-                             validation_->most_supervised(), &student.tp().group());
+  head_loss_.emplace(device, student, options_.loss, options_.logits_chunk, supervised, &student.tp().group());
 }
 
 Trainer::End Trainer::run(TrainState& state) {
@@ -117,6 +111,10 @@ Trainer::End Trainer::run(TrainState& state) {
     const Stopwatch watch(device_, times_.checkpoint);
     if (hooks_.save && saved != state.step) hooks_.save(state);
     saved = state.step;
+  };
+  const auto finish_saves = [&] {
+    const Stopwatch watch(device_, times_.checkpoint);
+    if (hooks_.finish_saves) hooks_.finish_saves();
   };
   double checkpoints_reported = 0;
   while (state.step < options_.total_steps) {
@@ -136,30 +134,41 @@ Trainer::End Trainer::run(TrainState& state) {
     state.loss_scale_good_steps = loss_scale_.good_steps();
     state.nonfinite_in_a_row = nonfinite_in_a_row_;
     state.optimizer_updates = optimizer_.updates();
+    state.validation_loss.reset();
 
-    const bool last = state.step == options_.total_steps, validate = validation_ && (due(options_.eval_steps) || last);
+    const bool last = state.step == options_.total_steps, validate = validation_.is_due(state.step);
     MetricRecord metrics = record(state, result);
-    // Of the checkpoints since the step before.
+    // Of all checkpoints since the last report.
     metrics.values.emplace_back("time/checkpoint_stall", times_.checkpoint - checkpoints_reported);
-    checkpoints_reported = times_.checkpoint;
     metrics.values.emplace_back("memory/peak", peak_memory);
     if (validate) {
       const Stopwatch watch(device_, times_.validation);
-      metrics.values.emplace_back("student/val_loss", validation_loss());
+      const double loss = add_validation(metrics);
+      if (std::isfinite(loss)) state.validation_loss = loss;
     }
-    if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
-    if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps)
+    if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) {
+      hooks_.report(metrics);
+      checkpoints_reported = times_.checkpoint;
+    }
+    if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps) {
+      try {
+        finish_saves();
+      } catch (const Error&) {  // has been reported, and is not why the run ends
+      }
       throw CommonError(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
                                                    " steps in a row, the last of them step ", state.step,
                                                    " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
                                                    "); the weights are those before the first of them"));
+    }
     if (due(options_.save_steps)) save();
     if (!last && hooks_.stop_requested && hooks_.stop_requested()) {
       save();
+      finish_saves();
       return End::stopped;
     }
   }
   save();
+  finish_saves();
   return End::finished;
 }
 
@@ -267,12 +276,13 @@ void Trainer::apply(StepResult& result) {
   }
 }
 
-double Trainer::validation_loss() {
-  const std::int64_t steps = validation_->steps_per_epoch();
-  std::array<double, 2> sums{};  // cross-entropy, positions
+LossSums Trainer::validate() {
+  const DataSource& data = *validation_.data;
+  const std::int64_t steps = data.steps_per_epoch();
+  double positions = 0;
   int m = 0;
   // A rank may have no part in the last batch. What comes next is known early, so that it can be received meanwhile.
-  std::vector<MicroBatch> micro = validation_->step(0).micro, next;
+  std::vector<MicroBatch> micro = data.step(0).micro, next;
   const auto expect = [&](const std::vector<MicroBatch>& batch, int number) {
     if (!batch.empty()) links_.expect_input(student_.stage_input(std::int64_t(batch.front().tokens.size()), number));
   };
@@ -280,21 +290,38 @@ double Trainer::validation_loss() {
   for (std::int64_t step = 0; step < steps && !micro.empty(); ++step, ++m, micro = std::move(next)) {
     check(micro.size() == 1, "validation in ", micro.size(), " micro-batches a step");
     next.clear();
-    if (step + 1 < steps) next = validation_->step(step + 1).micro;
+    if (step + 1 < steps) next = data.step(step + 1).micro;
     links_.receive_input();
     expect(next, m + 1);
     BatchOnDevice& batch = batches_[std::size_t(m) % batches_.size()];
     batch.upload(micro.front());
     const View out = student_.forward(batch.batch(), m);
     links_.send_output(out, batches_.size() - 1);
-    if (validation_head_) validation_head_->forward(out, batch.labels(), nullptr);
-    sums[1] += double(micro.front().supervised.size());
+    if (head_loss_) {
+      if (teacher_) teacher_->begin(micro.front());
+      head_loss_->forward(out, batch.labels(), teacher_);
+    }
+    positions += double(micro.front().supervised.size());
   }
   links_.finish();
   links_.take_seconds_waited();  // is no part of a step
-  if (validation_head_) sums[0] = validation_head_->take_sums()[LossTerms::cross_entropy];
-  sum_over_last_stages(sums);
-  return sums[0] / std::max(sums[1], 1.0);
+  LossSums means{};
+  if (head_loss_) means = head_loss_->take_sums();
+  sum_over_last_stages(means);
+  sum_over_last_stages({&positions, 1});
+  for (double& mean : means) mean /= std::max(positions, 1.0);
+  return means;
+}
+
+double Trainer::add_validation(MetricRecord& metrics) {
+  const LossSums means = validate();
+  const double loss = means[LossTerms::cross_entropy];
+  metrics.values.emplace_back("student/val_loss", loss);
+  metrics.values.emplace_back("student/val_perplexity", std::exp(loss));
+  if (options_.loss.distill_weight == 0) return loss;
+  metrics.values.emplace_back("student/val_distill_loss", means[LossTerms::divergence]);
+  metrics.values.emplace_back("student/val_top1_agreement", means[LossTerms::top1_agreement]);
+  return loss;
 }
 
 MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const {

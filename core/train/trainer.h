@@ -17,6 +17,7 @@
 #include "core/train/metrics.h"
 #include "core/train/pipeline.h"
 #include "core/train/train_state.h"
+#include "core/train/validation.h"
 
 namespace distill {
 
@@ -40,6 +41,7 @@ struct TrainerOptions {
 struct TrainerHooks {
   std::function<void(const MetricRecord&)> report;  // every logging_steps and whenever there is a validation
   std::function<void(const TrainState&)> save;      // every save_steps and at the end
+  std::function<void()> finish_saves = {};          // waits until what was saved is kept; before run() ends
   std::function<bool()> stop_requested;             // asked between steps, agreed among ranks
 };
 
@@ -80,8 +82,9 @@ class Trainer {
   // Steps [state.step, total_steps). Throws Error(non_finite) after max_nonfinite_steps in a row.
   End run(TrainState& state);
 
-  // Mean cross-entropy over the supervised positions of a data set, all ranks together, nats.
-  double validation_loss();
+  // Means of the loss terms over the supervised positions of the validation data, all ranks together; those that need a
+  // teacher are 0 without one.
+  LossSums validate();
 
   // Of all steps so far in this process, and how many they are.
   const StepTimes& times() const { return times_; }
@@ -105,6 +108,8 @@ class Trainer {
   void sum_over_last_stages(std::span<double> values);
   bool counts_loss() const { return links_.is_last() && student_.tp().rank() == 0; }
   void apply(StepResult& result);
+  // Returns the cross-entropy.
+  double add_validation(MetricRecord& metrics);
   MetricRecord record(const TrainState& state, const StepResult& result) const;
 
   Device& device_;
@@ -113,14 +118,14 @@ class Trainer {
   GradientSync& sync_;
   TeacherSource* teacher_;
   const DataSource& data_;
-  const DataSource* validation_;
+  Validation validation_;
   StudentGroups groups_;
   PipelineLinks links_;
   TrainerOptions options_;
   TrainerHooks hooks_;
   LossScale loss_scale_;
-  std::vector<BatchOnDevice> batches_;                   // one a micro-batch in flight
-  std::optional<HeadLoss> head_loss_, validation_head_;  // last stage
+  std::vector<BatchOnDevice> batches_;  // one a micro-batch in flight
+  std::optional<HeadLoss> head_loss_;   // last stage
   ConstView dhidden_;
   int nonfinite_in_a_row_ = 0;
   StepTimes times_;

@@ -44,7 +44,12 @@ TEST_CASE("one rank and two ranks give the same bits", "[e2e][sanitized]") {
   CHECK(shop.losses("one-" + dtype) == shop.losses("two-" + dtype));
   CHECK(shop.weights("one-" + dtype) == shop.weights("two-" + dtype));
   CHECK(fs::exists(shop.path("two-" + dtype + "/finished")));
-  CHECK(column(shop.path("logs/one-" + dtype + "/metrics.csv"), "student/val_loss")[2] != "");
+  for (const char* metric :
+       {"student/val_loss", "student/val_distill_loss", "student/val_perplexity", "student/val_top1_agreement"}) {
+    const auto a = column(shop.path("logs/one-" + dtype + "/metrics.csv"), metric);
+    CHECK(a[2] != "");
+    CHECK(a == column(shop.path("logs/two-" + dtype + "/metrics.csv"), metric));
+  }
   CHECK_THAT(two.output, Catch::Contains("where the time went"));
 }
 
@@ -539,6 +544,14 @@ TEST_CASE("inspect shows and verifies checkpoints", "[e2e][sanitized]") {
     CHECK_THAT(inspect(folder, 0), Catch::Contains("step-000002: complete, written ") &&
                                        Catch::Contains("step-000004: complete, written ") &&
                                        Catch::Contains("resume_from_checkpoint=true goes on from step-000004"));
+  // Step 4 is the only one that was validated: the last.
+  const std::string loss = column(shop.path("logs/teacher-run/metrics.csv"), "student/val_loss").back();
+  const std::string listed = inspect("teacher-run", 0);
+  CHECK_THAT(listed, Catch::Contains("file, validation loss " + loss.substr(0, 5)));
+  CHECK(occurrences(listed, ", best\n") == 1);
+  CHECK(occurrences(listed, "validation loss") == 1);
+  CHECK_THAT(inspect("teacher-run/checkpoints/best", 0),
+             Catch::Contains("step 4: ") && Catch::Contains("validation loss " + loss.substr(0, 5)));
 
   const std::string four = "teacher-run/checkpoints/step-000004", newer = four + "/student-pp0-tp0-dp0.h5";
   std::string bytes = contents(shop.path(newer));
@@ -565,8 +578,9 @@ TEST_CASE("a checkpoint is exported without its run as the run would have", "[e2
                     schedule = "student.training_args.lr_scheduler_type=constant";
   REQUIRE(shop.train("short", {precision, schedule, "max_steps=2"}).code == 0);
   REQUIRE(shop.train("long", {precision, schedule, "max_steps=4"}).code == 0);
-  const auto export_to = [&](const std::string& out, int code, std::vector<std::string> options = {}) {
-    options.insert(options.begin(), {"export", shop.path("long/checkpoints/step-000002"), shop.path(out)});
+  const auto export_to = [&](const std::string& out, int code, std::vector<std::string> options = {},
+                             const std::string& from = "step-000002") {
+    options.insert(options.begin(), {"export", shop.path("long/checkpoints/" + from), shop.path(out)});
     const auto result = Process(shop.command(options)).wait();
     INFO(result.output);
     CHECK(result.code == code);
@@ -582,6 +596,8 @@ TEST_CASE("a checkpoint is exported without its run as the run would have", "[e2
   };
   CHECK_THAT(export_to("out", 0), Catch::Contains("(step 2) is in " + shop.path("out")));
   same_as_the_run("out");
+  CHECK_THAT(export_to("best-out", 0, {}, "best"), Catch::Contains("(step 4)"));
+  CHECK(contents(shop.path("best-out/model.safetensors")) == shop.weights("long"));
   CHECK_THAT(export_to("out", 2), Catch::Contains(shop.path("out") + ": exists"));
   same_as_the_run("out");
 

@@ -52,7 +52,8 @@ std::vector<float> weights(const Workshop& shop, const std::string& name) {
 
 // As design section 10 wants it: losses and norms to 1e-5, weights to 1e-5 of their norm.
 void check_like(const Workshop& shop, const std::string& name, const std::string& one) {
-  for (const char* metric : {"train/loss", "student/grad_norm", "student/val_loss"}) {
+  for (const char* metric : {"train/loss", "student/grad_norm", "student/val_loss", "student/val_distill_loss",
+                             "student/val_perplexity", "student/val_top1_agreement"}) {
     const auto a = column(shop.path("logs/" + one + "/metrics.csv"), metric),
                b = column(shop.path("logs/" + name + "/metrics.csv"), metric);
     REQUIRE(a.size() == b.size());
@@ -164,7 +165,8 @@ TEST_CASE("a grid resumes bit for bit, and another grid goes on within rounding"
   REQUIRE(whole.code == 0);
   const auto copy = [&](const std::string& name) {
     for (const std::string folder : {"", "logs/"})
-      fs::copy(shop.path(folder + "whole"), shop.path(folder + name), fs::copy_options::recursive);
+      fs::copy(shop.path(folder + "whole"), shop.path(folder + name),
+               fs::copy_options::recursive | fs::copy_options::copy_symlinks);
     fs::remove_all(shop.path(name + "/checkpoints/step-000010"));
     fs::remove_all(shop.path(name + "/export"));
   };

@@ -2,12 +2,16 @@
 #include "core/train/trainer.h"
 
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <thread>
 
+#include "core/train/stopwatch.h"
 #include "core/train/teacher.h"
 #include "kernels/backends.h"
+#include "test/support/loss_reference.h"
 #include "test/support/tiny_models.h"
 
 using namespace distill;
@@ -25,6 +29,7 @@ struct Setup {
   double lr = 3e-3;
   bool with_validation = false;
   float teacher_std = 0.3f;
+  std::int64_t logging_steps = 1;
 };
 
 // A whole run on one rank.
@@ -43,6 +48,8 @@ struct Run {
   std::vector<MetricRecord> records;
   std::vector<TrainState> saved;
   TrainState state;
+  std::chrono::milliseconds save_time{0};
+  double save_seconds = 0;
   std::function<bool()> stop = [] { return false; };
 
   static Transformer::Limits limits(const Run& r, bool trains) {
@@ -59,7 +66,7 @@ struct Run {
         teacher_model(*device, tiny_spec("qwen3", false), s.dtype, limits(*this, false)),
         optimizer(*device, student.table(), student.values(), {.max_grad_norm = 1}),
         sync(student.table(), student.values(), student.gradients(), {alone, alone}, true, true),
-        teacher(*device, teacher_model, real_vocabulary, data.most_tokens(), data.most_supervised()),
+        teacher(*device, teacher_model, real_vocabulary, limits(*this, false).tokens, limits(*this, false).supervised),
         source(*device, teacher, s.dtype, 8) {
     randomise(*device, student, 1, 0.1f);
     randomise(*device, teacher_model, 2, s.teacher_std);
@@ -69,6 +76,7 @@ struct Run {
   Trainer::End go(std::int64_t steps) {
     TrainerOptions options;
     options.total_steps = steps;
+    options.logging_steps = setup.logging_steps;
     options.save_steps = 2;
     options.eval_steps = 2;
     options.learning_rate = setup.lr;
@@ -79,9 +87,15 @@ struct Run {
     Trainer trainer(*device, student, optimizer, sync, setup.weight != 0 ? &source : nullptr, data,
                     setup.with_validation ? &validation : nullptr, {alone, alone, alone, alone}, options,
                     {.report = [this](const MetricRecord& r) { records.push_back(r); },
-                     .save = [this](const TrainState& at) { saved.push_back(at); },
+                     .save = [this](const TrainState& at) { save(at); },
                      .stop_requested = stop});
     return trainer.run(state);
+  }
+
+  void save(const TrainState& at) {
+    const Stopwatch watch(*device, save_seconds);
+    saved.push_back(at);
+    std::this_thread::sleep_for(save_time);
   }
 
   double metric(std::size_t record, const std::string& name) const {
@@ -172,6 +186,84 @@ TEST_CASE("saves come at their period and at the end, validation too", "[trainer
   CHECK(run.metric(1, "student/val_loss") > 0);
   CHECK_THROWS(run.metric(0, "student/val_loss"));
   CHECK(run.metric(4, "student/val_loss") > 0);
+  CHECK(run.saved[0].validation_loss == run.metric(1, "student/val_loss"));
+  CHECK(run.saved[2].validation_loss == run.metric(4, "student/val_loss"));
+}
+
+TEST_CASE("the time of a save is in the next report, however late that is", "[trainer]") {
+  Run run({.logging_steps = 4});
+  run.save_time = std::chrono::milliseconds(50);
+  run.go(12);
+  REQUIRE(run.records.size() == 3);
+  CHECK(run.metric(0, "time/checkpoint_stall") >= 0.05);  // step 2
+  CHECK(run.metric(1, "time/checkpoint_stall") >= 0.10);  // steps 4 and 6
+  CHECK(run.metric(2, "time/checkpoint_stall") >= 0.10);  // steps 8 and 10
+  // And none twice.
+  double reported = 0;
+  for (std::size_t record = 0; record < 3; ++record) reported += run.metric(record, "time/checkpoint_stall");
+  CHECK(reported < 1.2 * run.save_seconds);
+}
+
+TEST_CASE("a checkpoint of a step that was not validated has no validation loss", "[trainer]") {
+  Run run({.with_validation = true});
+  run.stop = [&] { return run.records.size() == 3; };
+  run.go(5);
+  REQUIRE(run.saved.back().step == 3);
+  CHECK(run.saved[0].validation_loss.has_value());
+  CHECK_FALSE(run.saved.back().validation_loss.has_value());
+}
+
+namespace {
+
+// Logits of the supervised positions of one sample, products in double.
+std::vector<reference::Numbers> logits_of(Device& device, Transformer& model, const MicroBatch& micro) {
+  BatchOnDevice batch(device, std::int64_t(micro.tokens.size()), std::int64_t(micro.supervised.size()));
+  const View hidden = model.forward(batch.upload(micro));
+  const auto h = download<float>(device, hidden), head = download<float>(device, model.head(real_vocabulary));
+  std::vector<reference::Numbers> all;
+  for (std::int64_t row = 0; row < hidden.rows; ++row) {
+    reference::Numbers& logits = all.emplace_back(std::size_t(real_vocabulary), 0.0);
+    for (std::int64_t v = 0; v < real_vocabulary; ++v)
+      for (std::int64_t i = 0; i < hidden.cols; ++i)
+        logits[std::size_t(v)] +=
+            double(h[std::size_t(row * hidden.cols + i)]) * head[std::size_t(v * hidden.cols + i)];
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("validation is the mean over every supervised position of the whole set", "[trainer]") {
+  const double weight = GENERATE(0.0, 0.5);
+  Run run({.weight = weight, .with_validation = true});
+  run.go(1);
+  // Sample by sample, with the weights after the step.
+  LossSpec spec;
+  spec.vocabulary = real_vocabulary;
+  double loss = 0, divergence = 0, agreement = 0, positions = 0;
+  const Samples& samples = run.validation.samples();
+  REQUIRE(samples.size() % 3 != 0);  // of which batches are made
+  for (std::int32_t i = 0; i < samples.size(); ++i) {
+    const MicroBatch micro = assemble(samples, std::array{i}, Layout::packed);
+    const auto student = logits_of(*run.device, run.student, micro),
+               teacher = logits_of(*run.device, run.teacher_model, micro);
+    for (std::size_t p = 0; p < student.size(); ++p, ++positions) {
+      const auto term = reference::loss(student[p], teacher[p], std::size_t(micro.labels[p]), spec);
+      loss += term.cross_entropy;
+      divergence += term.divergence;
+      agreement += term.top1_agreement;
+    }
+  }
+  CHECK(run.metric(0, "student/val_loss") == Approx(loss / positions).epsilon(1e-5));
+  CHECK(run.metric(0, "student/val_perplexity") == Approx(std::exp(loss / positions)).epsilon(1e-5));
+  if (weight == 0) {
+    CHECK_THROWS(run.metric(0, "student/val_distill_loss"));
+    CHECK_THROWS(run.metric(0, "student/val_top1_agreement"));
+  } else {
+    CHECK(run.metric(0, "student/val_distill_loss") == Approx(divergence / positions).epsilon(1e-5));
+    CHECK(agreement > 0);
+    CHECK(run.metric(0, "student/val_top1_agreement") == Approx(agreement / positions));
+  }
 }
 
 TEST_CASE("a stop request saves and ends at the next step", "[trainer]") {

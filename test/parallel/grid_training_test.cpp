@@ -73,7 +73,8 @@ std::ostream& operator<<(std::ostream& out, const Setup& s) {
 using Whole = std::map<std::string, std::vector<float>>;
 
 struct Outcome {
-  std::vector<double> losses, norms, validation, teacher_waits, student_waits;
+  std::vector<double> losses, norms, validation;  // of validation all four metrics
+  std::vector<double> teacher_waits, student_waits;
   Whole gradients, weights;    // of the first step; at the end
   std::int64_t differing = 0;  // weights of which two ranks hold different bits, at the end
 };
@@ -216,7 +217,7 @@ class Rank {
     for (const auto& [name, value] : record.values) {
       if (name == "train/loss") outcome_.losses.push_back(value);
       if (name == "student/grad_norm") outcome_.norms.push_back(value);
-      if (name == "student/val_loss") outcome_.validation.push_back(value);
+      if (name.starts_with("student/val_")) outcome_.validation.push_back(value);
       if (name == "time/teacher_wait") outcome_.teacher_waits.push_back(value);
       if (name == "time/student_wait") outcome_.student_waits.push_back(value);
     }
@@ -271,6 +272,7 @@ void check_equal(const Setup& setup) {
   const Outcome &one = on_one_rank(setup), grid = train(setup);
   const double tolerance = setup.dtype == DType::f32 ? 1e-5 : 2e-2;
   REQUIRE(grid.losses.size() == one.losses.size());
+  REQUIRE(one.validation.size() == 4 * steps / 5);
   REQUIRE(grid.validation.size() == one.validation.size());
   for (std::size_t i = 0; i < one.losses.size(); ++i) {
     CAPTURE(i);
