@@ -53,6 +53,12 @@ class Process {
   // To the whole group: what a job's end does.
   void signal_group(int number) const { kill(-pid_, number); }
 
+  // Not yet ended; wait() tells how it did.
+  bool is_running() const {
+    siginfo_t info{};
+    return waitid(P_PID, id_t(pid_), &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == 0;
+  }
+
   // Its child with this NAME=value in the environment: a rank of mpirun. 0 where there is none.
   pid_t child_with(const std::string& variable) const {
     const std::string own = "/proc/" + std::to_string(pid_);
