@@ -104,7 +104,10 @@ json state_json(const TrainState& s) {
           {"optimizer_updates", s.optimizer_updates},
           {"loss_scale", s.loss_scale},
           {"loss_scale_good_steps", s.loss_scale_good_steps},
-          {"nonfinite_in_a_row", s.nonfinite_in_a_row}};
+          {"nonfinite_in_a_row", s.nonfinite_in_a_row},
+          {"outlier_steps", s.outlier_steps},
+          {"recent_losses", s.recent_losses},
+          {"recent_gradient_norms", s.recent_gradient_norms}};
 }
 
 TrainState state_from(const json& value) {
@@ -114,7 +117,11 @@ TrainState state_from(const json& value) {
           .nonfinite_in_a_row = value.at("nonfinite_in_a_row"),
           .optimizer_updates = value.at("optimizer_updates"),
           .samples = value.at("samples"),
-          .tokens = value.at("tokens")};
+          .tokens = value.at("tokens"),
+          // Older checkpoints lack these.
+          .outlier_steps = value.value("outlier_steps", std::int64_t(0)),
+          .recent_losses = value.value("recent_losses", std::vector<double>()),
+          .recent_gradient_norms = value.value("recent_gradient_norms", std::vector<double>())};
 }
 
 CheckpointManifest manifest_from(const json& value) {
