@@ -162,6 +162,23 @@ TEST_CASE("a wall clock that jumps changes nothing", "[faults][preload]") {
   CHECK(shop.losses("ahead") == shop.losses("whole"));
 }
 
+TEST_CASE("of two runs in one folder the second is told who holds it, and starts at once when that is killed",
+          "[faults]") {
+  const Workshop shop;
+  Process first(shop.training("shared", plain(100000)));
+  wait_for_steps(shop, "shared", 4);
+  const std::string holder = contents(shop.path("shared/.lock"));
+  CHECK(holder.starts_with("process "));
+  const auto refused = train(shop, "shared", plain(100000), 2);
+  CHECK(occurrences(refused.output, shop.path("shared") + ": is in use by " + holder + "; wait for that run") == 1);
+  CHECK(first.is_running());
+  first.signal(SIGKILL);
+  CHECK(first.wait().code == 128 + SIGKILL);
+  const int done = int(shop.losses("shared").size());
+  const auto next = train(shop, "shared", plain(done + 1));
+  CHECK_THAT(next.output, Catch::Contains("resumed from " + shop.path("shared/checkpoints/step-")));
+}
+
 TEST_CASE("SIGINT and SIGTERM save and leave with 85", "[faults]") {
   const Workshop shop;
   const int number = GENERATE(SIGINT, SIGTERM);
