@@ -35,5 +35,5 @@ cmake --build --preset fuzz -j "$(nproc)"
 rm -rf "$found"
 mkdir -p "$found"
 export UBSAN_OPTIONS=print_stacktrace=1
-{ [ $# -gt 0 ] && printf '%s\n' "$@" || ls test/fuzz/corpus; } |
+if [ $# -gt 0 ]; then printf '%s\n' "$@"; else ls test/fuzz/corpus; fi |
   xargs -P "$(nproc)" -I TARGET tools/fuzz.sh --one TARGET "$seconds"
