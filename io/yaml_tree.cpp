@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "io/utf8.h"
 
 namespace distill {
 
@@ -24,6 +25,7 @@ class Importer {
     check_tag(source, where);
     YamlNode node(YamlNode::Kind::null, where);
     if (source.IsScalar()) {
+      check_text(source.Scalar(), where);
       node.kind = YamlNode::Kind::scalar;
       node.scalar = source.Scalar();
       node.is_quoted = source.Tag() == "!" || source.Tag() == text_tag;
@@ -44,6 +46,9 @@ class Importer {
  private:
   static constexpr std::string_view text_tag = "tag:yaml.org,2002:str";
 
+  static void check_text(const std::string& bytes, const std::string& where) {
+    check_input(is_utf8_text(bytes), where, ": holds bytes that are no text: expected UTF-8");
+  }
   static void check_tag(const YAML::Node& source, const std::string& where) {
     const std::string& tag = source.Tag();
     const bool is_standard = tag.empty() || tag == "?" || tag == "!" || tag.starts_with("tag:yaml.org,2002:");
@@ -57,6 +62,7 @@ class Importer {
       const std::string where = at(pair.first.Mark(), node.where);
       check_input(pair.first.IsScalar(), where, ": has a key that is no plain name");
       const std::string& key = pair.first.Scalar();
+      check_text(key, where);
       YamlNode value = import(pair.second, where, depth + 1);
       if (key == "<<" && pair.first.Tag() != "!") {
         collect_merged(merged, std::move(value));

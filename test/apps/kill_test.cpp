@@ -63,15 +63,20 @@ class Victim {
     REQUIRE(whole.code == 0);
   }
 
-  // A run that `kills` kills hit: it is begun anew as long as it needs to be, and brought to its end.
+  // Kills until that many hit. A run that comes to its end before is checked and begun anew, the last one brought to
+  // it.
   void survive(int kills, std::mt19937& random) {
-    fs::remove_all(shop_.path(name("killed")));
-    fs::remove_all(shop_.path("logs/" + name("killed")));
+    forget();
     for (int hits = 0, starts = 0; hits < kills; ++starts) {
       REQUIRE(starts < 20 * kills);
       const Seconds moment = whole_takes_ * std::uniform_real_distribution<>(0, 1)(random);
       const int rank = layout_.ranks == 0 ? 0 : std::uniform_int_distribution<>(0, layout_.ranks - 1)(random);
-      hits += is_killed(rank, moment);
+      if (is_killed(rank, moment)) {
+        ++hits;
+      } else {
+        check_same();
+        forget();
+      }
     }
     const auto last = run("killed");
     INFO(last.output);
@@ -80,6 +85,10 @@ class Victim {
   }
 
  private:
+  void forget() const {
+    fs::remove_all(shop_.path(name("killed")));
+    fs::remove_all(shop_.path("logs/" + name("killed")));
+  }
   std::string name(const std::string& kind) const { return layout_.name + "-" + kind; }
   Process::Result run(const std::string& kind) const {
     return shop_.train(name(kind), layout_.overrides, layout_.ranks);
