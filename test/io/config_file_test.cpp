@@ -458,7 +458,8 @@ TEST_CASE("what is no configuration") {
   CHECK(error_of("a: *b\n") == "x.yaml:1: is not valid YAML: the referenced anchor is not defined");
   CHECK(error_of("just text") == "x.yaml: expected lines 'key: value', found 'just text'");
   CHECK(error_of("- a\n- b\n") == "x.yaml: expected lines 'key: value', found a list");
-  CHECK(error_of("seed: 1\n---\nseed: 2\n") == "x.yaml: holds 2 YAML documents: expected one");
+  CHECK(error_of("seed: 1\n---\nseed: 2\n") == "x.yaml: holds more than one YAML document: expected one");
+  CHECK(error_of("! ,") == "x.yaml: holds more than one YAML document: expected one");  // endless in yaml-cpp's LoadAll
   CHECK(error_of("[a, b]: 1\n") == "x.yaml:1: has a key that is no plain name");
   CHECK(error_of("exp_name: !!python/object:os.system x\n") ==
         "x.yaml:1: has the tag tag:yaml.org,2002:python/object:os.system: expected plain values");
