@@ -52,6 +52,9 @@ TrainerOptions trainer_options(const RunPlan& plan, double peak_flops) {
   o.loss = loss_spec(plan);
   o.logits_chunk = plan.logits_chunk;
   o.max_nonfinite_steps = c.max_nonfinite_steps;
+  o.outlier_action = c.outlier_action;
+  o.outlier_window = c.outlier_window;
+  o.outlier_zscore = c.outlier_zscore;
   o.flops_per_token = flops_per_token(plan.student, true) + (plan.teacher ? flops_per_token(*plan.teacher, false) : 0);
   o.flops_per_pair = flops_per_pair(plan.student, true) + (plan.teacher ? flops_per_pair(*plan.teacher, false) : 0);
   o.peak_flops = peak_flops;
@@ -89,7 +92,9 @@ std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, c
                  {.folder = log_dir.string(), .names = metric_names(), .resumed_step = first_step, .warn = warn});
   // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
   const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
-  sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps));
+  sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps, [] {
+    return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+  }));
   folder.clear_finished();
   write_durably(folder.file("config.yaml"), to_yaml(config));
   return sinks;
@@ -162,6 +167,7 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   hooks.report = [&](const MetricRecord& record) {
     for (const auto& metrics : sinks) metrics->write(record);
   };
+  if (leads) hooks.warn = warn;
   hooks.save = [&](const TrainState& at) {
     const WaitForWork patience(*groups.role);
     checkpoints->save(at, student->state(CheckpointUse::save));

@@ -105,7 +105,10 @@ json state_json(const TrainState& s) {
           {"loss_scale", s.loss_scale},
           {"loss_scale_good_steps", s.loss_scale_good_steps},
           {"nonfinite_in_a_row", s.nonfinite_in_a_row},
-          {"validation_loss", s.validation_loss ? json(*s.validation_loss) : json()}};
+          {"validation_loss", s.validation_loss ? json(*s.validation_loss) : json()},
+          {"outlier_steps", s.outlier_steps},
+          {"recent_losses", s.recent_losses},
+          {"recent_gradient_norms", s.recent_gradient_norms}};
 }
 
 // What older manifests lack, or what was not known.
@@ -122,7 +125,11 @@ TrainState state_from(const json& value) {
           .optimizer_updates = value.at("optimizer_updates"),
           .samples = value.at("samples"),
           .tokens = value.at("tokens"),
-          .validation_loss = optional_number(value, "validation_loss")};
+          .validation_loss = optional_number(value, "validation_loss"),
+          // Older checkpoints lack these.
+          .outlier_steps = value.value("outlier_steps", std::int64_t(0)),
+          .recent_losses = value.value("recent_losses", std::vector<double>()),
+          .recent_gradient_norms = value.value("recent_gradient_norms", std::vector<double>())};
 }
 
 CheckpointManifest manifest_from(const json& value) {

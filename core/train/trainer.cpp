@@ -41,6 +41,7 @@ std::vector<std::string> metric_names() {
           "student/lr",
           "student/loss_scale",
           "student/skipped_steps",
+          "student/outlier_steps",
           "student/val_loss",
           "student/val_distill_loss",
           "student/val_perplexity",
@@ -92,7 +93,9 @@ Trainer::Trainer(Device& device, Transformer& student, Optimizer& optimizer, Gra
       links_(groups.pp_forward, groups.pp_backward),
       options_(options),
       hooks_(std::move(hooks)),
-      loss_scale_(student.dtype() == DType::f16) {
+      loss_scale_(student.dtype() == DType::f16),
+      recent_losses_(std::size_t(options.outlier_window)),
+      recent_gradient_norms_(std::size_t(options.outlier_window)) {
   const std::int64_t tokens = std::max(data.most_tokens(), validation ? validation->most_tokens() : 0),
                      supervised = std::max(data.most_supervised(), validation ? validation->most_supervised() : 0);
   for (int i = 0; i < most_in_flight(links_.stages(), links_.stage(), options.micro_batches); ++i)
@@ -105,6 +108,8 @@ Trainer::End Trainer::run(TrainState& state) {
   nonfinite_in_a_row_ = state.nonfinite_in_a_row;
   if (state.loss_scale > 0) loss_scale_.restore(state.loss_scale, state.loss_scale_good_steps);
   optimizer_.set_updates(state.optimizer_updates);
+  recent_losses_.restore(state.recent_losses);
+  recent_gradient_norms_.restore(state.recent_gradient_norms);
   const auto due = [&](std::int64_t period) { return period > 0 && state.step % period == 0; };
   std::int64_t saved = state.step;
   const auto save = [&] {
@@ -123,6 +128,9 @@ Trainer::End Trainer::run(TrainState& state) {
       const Stopwatch total(device_, result.times.total);
       run_step(state.step, result);
     }
+    const bool is_outlier = !result.outlier.empty(),
+               stops = is_outlier && options_.outlier_action == OutlierAction::stop;
+    if (stops) save();  // the state before the step, which has changed nothing
     times_ += result.times;
     average_over_ranks(result.times, groups_.students, links_.stages());
     const double peak_memory = groups_.students.all_reduce(device_.peak_memory(), Reduce::max);
@@ -135,6 +143,9 @@ Trainer::End Trainer::run(TrainState& state) {
     state.nonfinite_in_a_row = nonfinite_in_a_row_;
     state.optimizer_updates = optimizer_.updates();
     state.validation_loss.reset();
+    state.outlier_steps += is_outlier;
+    state.recent_losses = recent_losses_.values();
+    state.recent_gradient_norms = recent_gradient_norms_.values();
 
     const bool last = state.step == options_.total_steps, validate = validation_.is_due(state.step);
     MetricRecord metrics = record(state, result);
@@ -150,15 +161,27 @@ Trainer::End Trainer::run(TrainState& state) {
       hooks_.report(metrics);
       checkpoints_reported = times_.checkpoint;
     }
+    if (stops) {
+      finish_saves();
+      throw CommonError(
+          ExitCode::non_finite,
+          text("step ", state.step, ": ", result.outlier, " (outlier_action: stop); the state after step ",
+               state.step - 1,
+               " is saved, and resume_from_checkpoint=true goes on from it with outlier_action=skip or warn"));
+    }
+    if (is_outlier && hooks_.warn)
+      hooks_.warn(text("step ", state.step, ": ", result.outlier, result.applied ? "" : "; the step is skipped"));
     if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps) {
       try {
         finish_saves();
       } catch (const Error&) {  // has been reported, and is not why the run ends
       }
-      throw CommonError(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
-                                                   " steps in a row, the last of them step ", state.step,
-                                                   " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
-                                                   "); the weights are those before the first of them"));
+      throw CommonError(ExitCode::non_finite,
+                        text("loss or gradient norm was not finite ",
+                             options_.outlier_action == OutlierAction::skip ? "or an outlier " : "", "in ",
+                             nonfinite_in_a_row_, " steps in a row, the last of them step ", state.step,
+                             " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
+                             "); the weights are those before the first of them"));
     }
     if (due(options_.save_steps)) save();
     if (!last && hooks_.stop_requested && hooks_.stop_requested()) {
@@ -257,23 +280,51 @@ void Trainer::sum_over_last_stages(std::span<double> values) {
   groups_.students.all_reduce(values);
 }
 
-// Clips and updates, unless loss or gradient is not finite: then nothing changes but the loss scale.
+double Trainer::loss(const StepResult& result) const {
+  const double w = options_.loss.distill_weight, ce = result.sums[LossTerms::cross_entropy];
+  return w == 0 ? ce : (1 - w) * ce + w * result.sums[LossTerms::divergence];
+}
+
+// Clips and updates, unless loss or gradient is not finite, then nothing changes but the loss scale, or an outlier that
+// is not to be used. All ranks know the same sums, so all decide the same.
 void Trainer::apply(StepResult& result) {
   result.gradient_norm =
       std::sqrt(groups_.students.all_reduce(optimizer_.squared_norm(student_.gradients(), loss_scale_.value())));
   const bool finite = std::isfinite(result.gradient_norm) && std::isfinite(result.sums[LossTerms::cross_entropy]) &&
                       std::isfinite(result.sums[LossTerms::divergence]);
   if (finite) {
-    optimizer_.step(student_.gradients(), result.lr, result.gradient_norm, loss_scale_.value());
-    sync_.share_values();
-    loss_scale_.count_good_step();
-    nonfinite_in_a_row_ = 0;
-    result.applied = true;
+    result.outlier = outlier(result);
+    if (result.outlier.empty() || options_.outlier_action == OutlierAction::warn) return update(result);
   } else if (loss_scale_.can_shrink()) {
-    loss_scale_.shrink();
-  } else {
-    ++nonfinite_in_a_row_;
+    return loss_scale_.shrink();
   }
+  ++nonfinite_in_a_row_;
+}
+
+void Trainer::update(StepResult& result) {
+  optimizer_.step(student_.gradients(), result.lr, result.gradient_norm, loss_scale_.value());
+  sync_.share_values();
+  loss_scale_.count_good_step();
+  nonfinite_in_a_row_ = 0;
+  result.applied = true;
+  if (options_.outlier_action == OutlierAction::off) return;
+  recent_losses_.accept(loss(result));
+  recent_gradient_norms_.accept(result.gradient_norm);
+}
+
+std::string Trainer::outlier(const StepResult& result) const {
+  if (options_.outlier_action == OutlierAction::off) return "";
+  std::string found;
+  const auto judge = [&](const char* name, double value, const OutlierWindow& before) {
+    const double z = before.zscore(value);
+    if (z > options_.outlier_zscore)
+      found +=
+          text(found.empty() ? "" : ", and ", name, ' ', value, " is an outlier: z-score ", z, ", mean ", before.mean(),
+               " and standard deviation ", before.deviation(), " of the ", options_.outlier_window, " steps before");
+  };
+  judge("the loss", loss(result), recent_losses_);
+  judge("the gradient norm", result.gradient_norm, recent_gradient_norms_);
+  return found;
 }
 
 LossSums Trainer::validate() {
@@ -332,13 +383,14 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
       options_.flops_per_token * double(r.batch.global_tokens) + options_.flops_per_pair * r.pairs * groups_.dp.size();
   MetricRecord m{.step = state.step, .wall_time = now(), .values = {}};
   const auto add = [&](const char* name, double value) { m.values.emplace_back(name, value); };
-  add("train/loss", w == 0 ? ce : (1 - w) * ce + w * kd);
+  add("train/loss", loss(r));
   if (w != 0) add("train/train_distill_loss", kd);
   add("train/train_student_loss", ce);
   add("student/grad_norm", r.gradient_norm);
   add("student/lr", r.lr);
   if (student_.dtype() == DType::f16) add("student/loss_scale", state.loss_scale);
   add("student/skipped_steps", double(state.step - state.optimizer_updates));
+  if (options_.outlier_action != OutlierAction::off) add("student/outlier_steps", double(state.outlier_steps));
   add("distill/student_entropy", r.sums[LossTerms::student_entropy]);
   if (w != 0) {
     add("distill/teacher_entropy", r.sums[LossTerms::teacher_entropy]);

@@ -15,6 +15,7 @@
 #include "core/train/batch_on_device.h"
 #include "core/train/gradient_sync.h"
 #include "core/train/metrics.h"
+#include "core/train/outlier.h"
 #include "core/train/pipeline.h"
 #include "core/train/train_state.h"
 #include "core/train/validation.h"
@@ -30,6 +31,9 @@ struct TrainerOptions {
   LossSpec loss;
   std::int64_t logits_chunk = 512;
   int max_nonfinite_steps = 5;
+  OutlierAction outlier_action = OutlierAction::off;
+  int outlier_window = 100;    // steps
+  double outlier_zscore = 6;   // above which a loss or gradient norm is an outlier
   double flops_per_token = 0;  // of both roles, without attention scores
   double flops_per_pair = 0;   // of both roles, per (query, key) pair of causal attention
   double peak_flops = 0;       // per second and rank, for MFU
@@ -39,10 +43,11 @@ struct TrainerOptions {
 
 // What the loop calls on; every member is optional but must be callable when given.
 struct TrainerHooks {
-  std::function<void(const MetricRecord&)> report;  // every logging_steps and whenever there is a validation
-  std::function<void(const TrainState&)> save;      // every save_steps and at the end
-  std::function<void()> finish_saves = {};          // waits until what was saved is kept; before run() ends
-  std::function<bool()> stop_requested;             // asked between steps, agreed among ranks
+  std::function<void(const MetricRecord&)> report;    // every logging_steps and whenever there is a validation
+  std::function<void(const TrainState&)> save;        // every save_steps and at the end
+  std::function<void()> finish_saves = {};            // waits until what was saved is kept; before run() ends
+  std::function<bool()> stop_requested;               // asked between steps, agreed among ranks
+  std::function<void(const std::string&)> warn = {};  // on every rank
 };
 
 // Names of all metrics a run can report, in the order of its CSV columns.
@@ -79,7 +84,8 @@ class Trainer {
           const DataSource& data, const DataSource* validation, const StudentGroups& groups, TrainerOptions options,
           TrainerHooks hooks);
 
-  // Steps [state.step, total_steps). Throws Error(non_finite) after max_nonfinite_steps in a row.
+  // Steps [state.step, total_steps). Throws Error(non_finite) after max_nonfinite_steps in a row, and at an outlier
+  // that is to stop the run, once the state before that step is saved.
   End run(TrainState& state);
 
   // Means of the loss terms over the supervised positions of the validation data, all ranks together; those that need a
@@ -95,6 +101,7 @@ class Trainer {
     LossSums sums{};  // over all ranks
     double gradient_norm = 0, lr = 0;
     bool applied = false;
+    std::string outlier;  // what stood out; empty: nothing
     StepBatch batch;
     double pairs = 0;                // (query, key) pairs of this rank's micro-batches
     StepTimes times;                 // of this rank, then means over all
@@ -107,9 +114,12 @@ class Trainer {
   // Of what the last stages know: sums over its ranks that count, on every rank.
   void sum_over_last_stages(std::span<double> values);
   bool counts_loss() const { return links_.is_last() && student_.tp().rank() == 0; }
+  double loss(const StepResult& result) const;
   void apply(StepResult& result);
   // Returns the cross-entropy.
   double add_validation(MetricRecord& metrics);
+  void update(StepResult& result);
+  std::string outlier(const StepResult& result) const;
   MetricRecord record(const TrainState& state, const StepResult& result) const;
 
   Device& device_;
@@ -128,6 +138,7 @@ class Trainer {
   std::optional<HeadLoss> head_loss_;   // last stage
   ConstView dhidden_;
   int nonfinite_in_a_row_ = 0;
+  OutlierWindow recent_losses_, recent_gradient_norms_;
   StepTimes times_;
   std::int64_t steps_run_ = 0;
 };

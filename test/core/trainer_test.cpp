@@ -30,6 +30,8 @@ struct Setup {
   bool with_validation = false;
   float teacher_std = 0.3f;
   std::int64_t logging_steps = 1;
+  OutlierAction outlier_action = OutlierAction::off;
+  Objective objective = Objective::forward_kl;
 };
 
 // A whole run on one rank.
@@ -50,7 +52,9 @@ struct Run {
   TrainState state;
   std::chrono::milliseconds save_time{0};
   double save_seconds = 0;
+  std::vector<std::string> warnings;
   std::function<bool()> stop = [] { return false; };
+  std::function<void(const MetricRecord&)> after_step = [](const MetricRecord&) {};
 
   static Transformer::Limits limits(const Run& r, bool trains) {
     return {.tokens = std::max(r.data.most_tokens(), r.validation.most_tokens()),
@@ -81,14 +85,23 @@ struct Run {
     options.eval_steps = 2;
     options.learning_rate = setup.lr;
     options.schedule = schedules::constant;
+    options.loss.objective = setup.objective;
     options.loss.distill_weight = float(setup.weight);
     options.loss.vocabulary = real_vocabulary;
     options.logits_chunk = 8;
+    options.outlier_action = setup.outlier_action;
+    options.outlier_window = 5;
+    options.outlier_zscore = 30;
     Trainer trainer(*device, student, optimizer, sync, setup.weight != 0 ? &source : nullptr, data,
                     setup.with_validation ? &validation : nullptr, {alone, alone, alone, alone}, options,
-                    {.report = [this](const MetricRecord& r) { records.push_back(r); },
+                    {.report =
+                         [this](const MetricRecord& r) {
+                           records.push_back(r);
+                           after_step(r);
+                         },
                      .save = [this](const TrainState& at) { save(at); },
-                     .stop_requested = stop});
+                     .stop_requested = stop,
+                     .warn = [this](const std::string& message) { warnings.push_back(message); }});
     return trainer.run(state);
   }
 
@@ -166,6 +179,88 @@ TEST_CASE("steps that are not finite change nothing and end the run after five i
   CHECK(run.optimizer.updates() == 0);
   CHECK(run.metric(4, "student/skipped_steps") == 5);
   CHECK(download<float>(*run.device, run.student.values()) == before);
+}
+
+// The teacher's logits are a thousand times as large in steps [first, last], which a reverse KL sees.
+void make_spike(Run& run, std::int64_t first, std::int64_t last) {
+  const View head = run.teacher_model.table().find("lm_head.weight")->in(run.teacher_model.values());
+  const auto in_f32 = [&run, head] { return run.device->tensor(head.rows, head.cols, DType::f32); };
+  Tensor now = in_f32();
+  run.device->cast(now.view(), head);
+  const auto calm = download<float>(*run.device, now.view());
+  auto wild = calm;
+  for (float& value : wild) value *= 1000;
+  run.after_step = [&run, head, in_f32, calm, wild, first, last](const MetricRecord& r) {
+    Tensor next = in_f32();
+    run.device->upload(next.view(), r.step + 1 >= first && r.step + 1 <= last ? wild.data() : calm.data());
+    run.device->cast(head, next.view());
+  };
+}
+
+bool same_weights(Run& a, Run& b) {
+  return download<float>(*a.device, a.student.values()) == download<float>(*b.device, b.student.values());
+}
+
+TEST_CASE("an outlier is warned of and taken, or skipped", "[trainer]") {
+  const OutlierAction action = GENERATE(OutlierAction::off, OutlierAction::warn, OutlierAction::skip);
+  Run run({.outlier_action = action, .objective = Objective::reverse_kl}), calm({.objective = Objective::reverse_kl});
+  make_spike(run, 8, 8);
+  CHECK(run.go(12) == Trainer::End::finished);
+  CHECK(calm.go(7) == Trainer::End::finished);
+  const bool is_skipped = action == OutlierAction::skip;
+  CHECK(run.metric(11, "student/skipped_steps") == is_skipped);
+  CHECK(run.optimizer.updates() == (is_skipped ? 11 : 12));
+  if (action == OutlierAction::off) {
+    CHECK(run.warnings.empty());
+    CHECK_THROWS(run.metric(11, "student/outlier_steps"));  // no such metric
+    return;
+  }
+  CHECK(run.metric(6, "student/outlier_steps") == 0);
+  CHECK(run.metric(11, "student/outlier_steps") == 1);
+  REQUIRE(run.warnings.size() == 1);
+  CHECK_THAT(run.warnings[0], Catch::StartsWith("step 8: the loss ") && Catch::Contains(" of the 5 steps before"));
+  CHECK((run.warnings[0].find("; the step is skipped") != std::string::npos) == is_skipped);
+  std::vector<double> before = run.losses();
+  before.resize(7);
+  CHECK(before == calm.losses());
+}
+
+TEST_CASE("outliers that are skipped change no weight, and too many in a row end the run", "[trainer]") {
+  Run run({.outlier_action = OutlierAction::skip, .objective = Objective::reverse_kl}),
+      calm({.objective = Objective::reverse_kl});
+  make_spike(run, 8, 100);
+  CHECK_THROWS_WITH(run.go(20),
+                    Catch::Contains("not finite or an outlier in 5 steps in a row, the last of them step 12"));
+  CHECK(run.warnings.size() == 5);
+  calm.go(7);
+  CHECK(same_weights(run, calm));
+}
+
+TEST_CASE("an outlier that stops the run leaves it as it was before that step", "[trainer]") {
+  Run run({.outlier_action = OutlierAction::stop, .objective = Objective::reverse_kl}),
+      calm({.objective = Objective::reverse_kl});
+  make_spike(run, 8, 8);
+  try {
+    run.go(12);
+    FAIL("no error came");
+  } catch (const CommonError& error) {
+    CHECK(error.code() == ExitCode::non_finite);
+    CHECK_THAT(error.what(),
+               Catch::StartsWith("step 8: the loss ") && Catch::Contains("the state after step 7 is saved"));
+  }
+  CHECK(run.records.size() == 8);
+  CHECK(run.saved.back().step == 7);
+  CHECK(run.saved.back().outlier_steps == 0);
+  calm.go(7);
+  CHECK(same_weights(run, calm));
+  // On with the saved state, without the step that stood out.
+  run.setup.outlier_action = OutlierAction::skip;
+  run.state = run.saved.back();
+  make_spike(run, 8, 8);
+  run.after_step({.step = 7, .wall_time = 0, .values = {}});
+  CHECK(run.go(12) == Trainer::End::finished);
+  CHECK(run.state.outlier_steps == 1);
+  CHECK(run.optimizer.updates() == 11);
 }
 
 TEST_CASE("f16 overflow shrinks the loss scale before it counts as a failure", "[trainer]") {
@@ -276,13 +371,18 @@ TEST_CASE("a stop request saves and ends at the next step", "[trainer]") {
 
 TEST_CASE("a run continued from its state equals the uninterrupted one bit for bit", "[trainer]") {
   const DType dtype = GENERATE(DType::f32, DType::bf16);
-  Run whole({.dtype = dtype});
+  // Step 7 is told to be an outlier by steps on both sides of the interruption.
+  const Setup setup{.dtype = dtype, .outlier_action = OutlierAction::skip, .objective = Objective::reverse_kl};
+  Run whole(setup);
+  make_spike(whole, 7, 7);
   whole.go(8);
+  CHECK(whole.state.outlier_steps == 1);
 
-  Run first({.dtype = dtype});
+  Run first(setup);
   first.stop = [&] { return first.state.step == 3; };
   first.go(8);
-  Run second({.dtype = dtype});
+  Run second(setup);
+  make_spike(second, 7, 7);
   const auto carry = [&](const View& from, const View& to) {
     if (!from.data) return;
     std::vector<char> bytes(std::size_t(from.size()) * size_of(from.dtype));

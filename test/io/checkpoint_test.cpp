@@ -87,14 +87,19 @@ struct State {
              .nonfinite_in_a_row = 1,
              .optimizer_updates = std::int64_t(seed) - 1,
              .samples = std::int64_t(1) << 40,
-             .tokens = std::int64_t(1) << 60};
+             .tokens = std::int64_t(1) << 60,
+             .outlier_steps = 3,
+             .recent_losses = {1.0 / 3, 1e-300},
+             .recent_gradient_norms = {double(seed) / 7}};
   }
 
   std::string bits() {
     std::string out =
         text(train.step, ' ', std::bit_cast<std::uint64_t>(train.loss_scale), ' ', train.loss_scale_good_steps, ' ',
              train.nonfinite_in_a_row, ' ', train.optimizer_updates, ' ', train.samples, ' ', train.tokens, ' ',
-             std::bit_cast<std::uint64_t>(train.validation_loss.value_or(-1)), ' ');
+             std::bit_cast<std::uint64_t>(train.validation_loss.value_or(-1)), ' ', train.outlier_steps, ' ');
+    for (const std::vector<double>* recent : {&train.recent_losses, &train.recent_gradient_norms})
+      for (const double value : *recent) out += text(std::bit_cast<std::uint64_t>(value), ' ');
     for (const CheckpointTensor& t : tensors())
       out.append(static_cast<const char*>(t.data.data), std::size_t(t.data.size()) * size_of(t.data.dtype));
     return out;

@@ -458,11 +458,22 @@ TEST_CASE("what is no configuration") {
   CHECK(error_of("a: *b\n") == "x.yaml:1: is not valid YAML: the referenced anchor is not defined");
   CHECK(error_of("just text") == "x.yaml: expected lines 'key: value', found 'just text'");
   CHECK(error_of("- a\n- b\n") == "x.yaml: expected lines 'key: value', found a list");
-  CHECK(error_of("seed: 1\n---\nseed: 2\n") == "x.yaml: holds 2 YAML documents: expected one");
+  CHECK(error_of("seed: 1\n---\nseed: 2\n") == "x.yaml: holds more than one YAML document: expected one");
+  CHECK(error_of("! ,") == "x.yaml: holds more than one YAML document: expected one");  // endless in yaml-cpp's LoadAll
   CHECK(error_of("[a, b]: 1\n") == "x.yaml:1: has a key that is no plain name");
   CHECK(error_of("exp_name: !!python/object:os.system x\n") ==
         "x.yaml:1: has the tag tag:yaml.org,2002:python/object:os.system: expected plain values");
   CHECK(error_of("exp_name: !env HOME\n") == "x.yaml:1: has the tag !env: expected plain values");
+  for (const char* bytes : {"a\xff", "\xc3", "\xed\xa0\x80", "\xef\xbf\xbe", "\xef\xb7\x90"}) {
+    CHECK(error_of(std::string("seed: 1\nexp_name: ") + bytes) ==
+          "x.yaml:2: holds bytes that are no text: expected UTF-8");
+    CHECK(error_of(std::string("seed: 1\n") + bytes + ": 1\n") ==
+          "x.yaml:2: holds bytes that are no text: expected UTF-8");
+    setenv("DISTILL_TEST_BYTES", bytes, 1);
+    CHECK(
+        error_of("exp_name: ${oc.env:DISTILL_TEST_BYTES}\n") ==
+        "x.yaml:1: exp_name: the environment variable DISTILL_TEST_BYTES holds bytes that are no text: expected UTF-8");
+  }
 }
 
 TEST_CASE("aliases cannot make a file endless") {
