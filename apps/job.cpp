@@ -133,7 +133,7 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   });
   const Payload payload = decide_payload(plan, *device, world, say);
   std::optional<Channel> channel;
-  world.run_together([&] { channel.emplace(plan, payload, *device, place, groups, teacher ? &*teacher : nullptr); });
+  run_long(world, [&] { channel.emplace(plan, payload, *device, place, groups, teacher ? &*teacher : nullptr); });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   CheckpointFolder checkpoints(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
                                {place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
