@@ -236,11 +236,10 @@ TEST_CASE("grids that do not fit the models are refused with those that do", "[e
   refused(pp(4), "8",
           "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids (tp×pp×dp) that fit "
           "these models and 8 ranks: 1×1×4, 1×2×2, 2×1×2, 2×2×1, 4×1×1");
-  refused(
-      {}, "3",
-      "3 ranks cannot be split into as many students as teachers: start 2 or 4 ranks, or set distill_loss_weight: 0 "
-      "to train without a teacher on any number; no grid fits 3 ranks, which are halved; grids (tp×pp×dp) that fit "
-      "these models and 2 ranks: 1×1×1; 4 ranks: 1×1×2, 1×2×1, 2×1×1");
+  refused({}, "3",
+          "3 ranks cannot be split into as many students as teachers; distill_loss_weight: 0 trains "
+          "without a teacher on any number; no grid fits 3 ranks, which are halved; grids (tp×pp×dp) that fit "
+          "these models and 2 ranks: 1×1×1; 4 ranks: 1×1×2, 1×2×1, 2×1×1");
   refused(
       tp(4), "12",
       "12 ranks cannot be cut into groups of tp_size 4 for students and for teachers (a group stays inside a node): "

@@ -99,8 +99,8 @@ TEST_CASE("what does not fit the nodes is said once, with the node's name") {
     CHECK_FALSE(fs::exists(workshop().path("wrong")));
   };
   refused("1,3", {},
-          "distill: 1 rank on node0 cannot be split into as many students as teachers: start 2 ranks on node0, or set "
-          "distill_loss_weight: 0 to train without a teacher on any number; no grid fits 1 + 3 ranks on the nodes, "
+          "distill: 1 rank on node0 cannot be split into as many students as teachers; "
+          "distill_loss_weight: 0 trains without a teacher on any number; no grid fits 1 + 3 ranks on the nodes, "
           "which are halved; grids (tp×pp×dp) that fit these models and 2 + 2 ranks on the nodes: 1×1×2, 1×2×1; "
           "2 + 4 ranks on the nodes: 1×1×3");
   refused(
