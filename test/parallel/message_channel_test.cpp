@@ -218,8 +218,9 @@ void suite(Communicator& pair) {
 
 TEST_CASE("a channel by messages between threads") { run_ranks(2, suite); }
 
-TEST_CASE("a channel by messages between processes", "[mpi]") {
-  suite(test_session().world());
+TEST_CASE("a channel by messages in the world of this process", "[mpi]") { suite(test_session().world()); }
+
+TEST_CASE("a channel by messages between ranks that use messages", "[mpi]") {
   suite(*test_session().messages("by messages"));
 }
 
