@@ -81,7 +81,7 @@ void train(const Workshop& shop, const std::string& name, const Words& overrides
 }  // namespace
 
 TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
-  const Workshop shop({.teacher_layers = 3, .student_layers = 4});
+  const Workshop shop({.teacher_layers = 4, .student_layers = 4});
   shop.make_teacher();
   train(shop, "one", {}, 0);
   struct Case {
@@ -93,6 +93,8 @@ TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
       {"tp2", 4, tp(2)},
       {"tp4-sp", 8, tp(4) + strategy("sequence_parallel=true") + Words{"student.use_sequence_packing=false"}},
       {"pp3", 6, pp(3) + strategy("recompute_granularity=selective")},
+      {"pp4-hidden", 8, pp(4) + Words{"teacher_payload=hidden"}},
+      {"tp2-pp2-messages", 8, tp(2) + pp(2) + Words{"logits_transfer_backend=nccl-only"}},
       {"dp2", 4, accumulation(2)},
       {"dp4-whole", 8, accumulation(1) + strategy("use_distributed_optimizer=false")},
       {"all", 16, tp(2) + pp(2) + accumulation(2) + strategy("sequence_parallel=true")},
