@@ -441,6 +441,25 @@ TEST_CASE("a teacher waits for its student as long as that works, whatever peer_
                                 Catch::Contains("s for it in barrier of world"));
 }
 
+TEST_CASE("all wait for a checkpoint and for the export as long as they take, whatever peer_timeout says", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  std::vector<std::string> words = shop.training(
+      "slow",
+      {"max_steps=2", "save_steps=1", "eval_steps=0", "student.training_args.per_device_train_batch_size=2",
+       "teacher_payload=logits", "logits_chunk=8", "logits_ring_slots=1", "peer_dead_after=1s", "peer_timeout=2s"},
+      4);
+  words.insert(words.begin(),
+               {"LD_PRELOAD=" DISTILL_SLOW_DISK, "ASAN_OPTIONS=verify_asan_link_order=0",
+                "SLOW_FILES=step-000001.partial/manifest.json:export.partial/config.json", "SLOW_SECONDS=3"});
+  const auto result = Process(words).wait();
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK_THAT(result.output, Catch::Contains(" (a free slot for chunk "));
+  CHECK(occurrences(result.output, " of students and goes on waiting") == 2);  // the other student, both times
+  CHECK(occurrences(result.output, " in barrier of world and goes on waiting") == 2);
+}
+
 TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();
