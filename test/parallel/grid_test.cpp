@@ -1,12 +1,13 @@
 #include "parallel/grid.h"
 
 #include <algorithm>
-#include <atomic>
 #include <catch2/catch.hpp>
 #include <map>
+#include <mutex>
 #include <set>
 #include <thread>
 #include <tuple>
+#include <utility>
 
 #include "parallel/parallel.h"
 #include "parallel/shared_group.h"
@@ -204,15 +205,18 @@ TEST_CASE("groups follow the grid") {
 
 namespace {
 
-// Memory of groups that says how much was made, and runs out.
+// Memory of groups that says how much was made and what for, and has none for one purpose.
 class ScarceMemory final : public GroupMemory {
  public:
-  explicit ScarceMemory(int blocks) : left_(blocks) {}
+  explicit ScarceMemory(std::string refused = "") : refused_(std::move(refused)) {}
   std::size_t made() const { return made_; }
+  const std::set<std::string>& purposes() const { return purposes_; }
 
   Block make(std::size_t bytes, const std::string& purpose, std::string& ticket) override {
-    check_input(--left_ >= 0, purpose, ": no memory");
+    check_input(purpose != refused_, purpose, ": no memory");
+    const std::lock_guard lock(mutex_);
     made_ += bytes;
+    purposes_.insert(purpose);
     return heap_->make(bytes, purpose, ticket);
   }
   Block attach(const std::string& ticket, std::size_t bytes) override { return heap_->attach(ticket, bytes); }
@@ -220,8 +224,10 @@ class ScarceMemory final : public GroupMemory {
 
  private:
   std::shared_ptr<GroupMemory> heap_ = heap_memory();
-  std::atomic<int> left_;
-  std::atomic<std::size_t> made_ = 0;
+  std::string refused_;
+  std::mutex mutex_;  // of what follows
+  std::size_t made_ = 0;
+  std::set<std::string> purposes_;
 };
 
 class AllLive final : public Lives {
@@ -260,14 +266,15 @@ std::vector<std::string> outcomes(const Grid& grid, int sharers, const std::shar
 
 TEST_CASE("where memory runs out for one group, every rank of either role says so, whichever group it is") {
   const Grid grid = make_grid(one_node(8), 2, 2, true);
+  const auto enough = std::make_shared<ScarceMemory>();
+  for (const std::string& met : outcomes(grid, 2, enough)) CHECK(met.empty());
   std::set<std::string> kinds;
-  for (int blocks = 0;; ++blocks) {
-    const std::vector<std::string> met = outcomes(grid, 2, std::make_shared<ScarceMemory>(blocks));
-    CAPTURE(blocks, met);
-    CHECK(std::set(met.begin(), met.end()).size() == 1);
-    if (met.front().empty()) break;
-    CHECK_THAT(met.front(), StartsWith("2 group ") && Catch::Contains(": no memory"));
-    kinds.insert(met.front().substr(8, met.front().find_first_of(" 0", 8) - 8));
+  for (const std::string& purpose : enough->purposes()) {
+    const std::vector<std::string> met = outcomes(grid, 2, std::make_shared<ScarceMemory>(purpose));
+    CAPTURE(purpose);
+    CHECK(met == std::vector<std::string>(grid.places.size(), text("2 ", purpose, ": no memory")));
+    REQUIRE_THAT(purpose, StartsWith("group "));
+    kinds.insert(purpose.substr(6, purpose.find(' ', 6) - 6));
   }
   CHECK(kinds == std::set<std::string>{"students", "teachers", "tp", "pp", "kv", "tied", "partners"});
 }
@@ -276,7 +283,7 @@ TEST_CASE("the memory of groups is known before they are made") {
   const auto [ranks, tp, pp, sharers, has_teacher] = GENERATE(table<int, int, int, int, bool>(
       {{1, 1, 1, 1, true}, {2, 1, 1, 1, true}, {16, 4, 2, 2, true}, {12, 2, 3, 1, false}}));
   const Grid grid = make_grid(one_node(ranks), tp, pp, has_teacher);
-  const auto memory = std::make_shared<ScarceMemory>(1000);
+  const auto memory = std::make_shared<ScarceMemory>();
   for (const std::string& met : outcomes(grid, sharers, memory)) CHECK(met.empty());
   const auto bytes = group_bytes(grid, sharers);
   CHECK((bytes.empty() ? 0 : bytes.at(0)) == memory->made());
