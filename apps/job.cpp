@@ -138,7 +138,7 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
   });
   const Payload payload = decide_payload(plan, *device, world, say);
   std::optional<Channel> channel;
-  world.run_together([&] { channel.emplace(plan, payload, *device, place, groups, teacher ? &*teacher : nullptr); });
+  run_long(world, [&] { channel.emplace(plan, payload, *device, place, groups, teacher ? &*teacher : nullptr); });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   std::optional<CheckpointFolder> checkpoints;
   TrainState state;
@@ -172,7 +172,13 @@ ExitCode run_job(const RunPlan& plan, MpiSession& mpi, int threads, Clock::time_
     const WaitForWork patience(*groups.role);
     checkpoints->save(at, student->state(CheckpointUse::save));
   };
-  hooks.finish_saves = [&] { checkpoints->finish(); };
+  hooks.finish_saves = [&] {
+    try {
+      checkpoints->finish();
+    } catch (const CommonError& error) {  // of the writers, who have warned of it with its reason
+      throw CommonError(error.code(), "the last checkpoint is not kept: see the warning above");
+    }
+  };
   bool is_late = false;
   hooks.stop_requested = [&] {
     is_late = leads && config.max_time && Clock::now() - started >= *config.max_time;  // one clock decides for all

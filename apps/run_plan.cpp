@@ -78,13 +78,11 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
 // The sizes that were asked for must fit the models; what does not is said with the grids that do.
 void check_sizes_fit(const ConfigFile& file, const GridQuestion& question) {
   for (const ModelSpec& model : question.models) {
-    const std::string problem = misfit(model, question.tp, question.pp);
-    if (problem.empty()) continue;
-    const bool is_layers = problem.find("layers") != std::string::npos;
-    const std::string key =
-        text("student.strategy_args.strategy_config.", is_layers ? "pipeline" : "tensor", "_model_parallel_size");
+    const auto found = misfit(model, question.tp, question.pp);
+    if (!found) continue;
+    const std::string key = text("student.strategy_args.strategy_config.", found->key);
     fail_input(file.where(key), ": ", key, ": the ", &model == &question.models.front() ? "student" : "teacher", "'s ",
-               problem, "; ", grid_advice(question));
+               found->problem, "; ", grid_advice(question));
   }
 }
 

@@ -119,6 +119,7 @@ class NodeLives final : public Lives {
   // been silent for dead_after it calls `lost`, once, with the lowest of them and what is wrong with it.
   using Lost = std::function<void(int world_rank, const std::string& trouble)>;
   void watch_nodes(std::chrono::milliseconds dead_after, Lost lost);
+  void end_watch() { watcher_.reset(); }  // returns when `lost` is not called any more
   std::string trouble(int world_rank, std::chrono::milliseconds dead_after) override;
   // Whether a rank of another node was found silent. Any thread.
   bool has_lost_far() const { return has_lost_far_; }

@@ -20,13 +20,14 @@ double attention_pairs(const MicroBatch& batch) {
   return pairs;
 }
 
-// The step takes as long on every rank; what it was spent on differs. Only ranks of the last stage have a teacher.
+// The step takes as long on every rank; what it was spent on differs. Only ranks of the last stage have a teacher that
+// waits for them, and that wait is beside the step: its mean is over those.
 void average_over_ranks(StepTimes& times, Communicator& ranks, int stages) {
   std::array<double, 12> sums{};
   for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = *times.all()[i];
   ranks.all_reduce(sums);
   for (std::size_t i = 0; i < sums.size(); ++i) *times.all()[i] = sums[i] / ranks.size();
-  for (double* wait : {&times.teacher, &times.student_wait}) *wait *= stages;
+  times.student_wait *= stages;
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
@@ -131,8 +132,8 @@ Trainer::End Trainer::run(TrainState& state) {
     const bool is_outlier = !result.outlier.empty(),
                stops = is_outlier && options_.outlier_action == OutlierAction::stop;
     if (stops) save();  // the state before the step, which has changed nothing
-    times_ += result.times;
     average_over_ranks(result.times, groups_.students, links_.stages());
+    times_ += result.times;
     const double peak_memory = groups_.students.all_reduce(device_.peak_memory(), Reduce::max);
     ++steps_run_;
     ++state.step;
@@ -409,7 +410,7 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
   if (links_.stages() > 1) add("system/pipeline_bubble", r.times.pipeline / r.times.total);
   if (w != 0) add("system/channel_bytes", double(r.channel_bytes));
   add("time/data_wait", r.times.data);
-  add("time/teacher_wait", r.times.teacher);
+  add("time/teacher_wait", r.times.teacher * links_.stages());  // the mean over ranks that have a teacher
   if (w != 0) add("time/student_wait", r.times.student_wait);
   if (links_.stages() > 1) add("time/pipeline_bubble", r.times.pipeline);
   add("time/forward", r.times.forward);

@@ -53,9 +53,9 @@ struct TrainerHooks {
 // Names of all metrics a run can report, in the order of its CSV columns.
 std::vector<std::string> metric_names();
 
-// Where the time of one or more steps went, seconds. As metrics, time/…, they are means over the student ranks;
-// time/teacher_wait (for logits) and time/student_wait (of the teacher for a free slot) over those that have a teacher,
-// which are the last stages.
+// Where the time of one or more steps went, seconds. As metrics, time/…, and in Trainer::times() they are means over
+// the student ranks, but validation and checkpoint are of this rank; time/teacher_wait (for logits) and
+// time/student_wait (of the teacher for a free slot) over those that have a teacher, which are the last stages.
 struct StepTimes {
   double data = 0, teacher = 0, pipeline = 0, forward = 0, loss = 0, backward = 0, reduce = 0, optimizer = 0, total = 0;
   double student_wait = 0;                // of the teacher, meanwhile

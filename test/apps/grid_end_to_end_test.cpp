@@ -82,7 +82,7 @@ void train(const Workshop& shop, const std::string& name, const Words& overrides
 }  // namespace
 
 TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
-  const Workshop shop({.teacher_layers = 3, .student_layers = 4});
+  const Workshop shop({.teacher_layers = 4, .student_layers = 4});
   shop.make_teacher();
   train(shop, "one", {}, 0);
   struct Case {
@@ -94,6 +94,8 @@ TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
       {"tp2", 4, tp(2)},
       {"tp4-sp", 8, tp(4) + strategy("sequence_parallel=true") + Words{"student.use_sequence_packing=false"}},
       {"pp3", 6, pp(3) + strategy("recompute_granularity=selective")},
+      {"pp4-hidden", 8, pp(4) + Words{"teacher_payload=hidden"}},
+      {"tp2-pp2-messages", 8, tp(2) + pp(2) + Words{"logits_transfer_backend=nccl-only"}},
       {"dp2", 4, accumulation(2)},
       {"dp4-whole", 8, accumulation(1) + strategy("use_distributed_optimizer=false")},
       {"all", 16, tp(2) + pp(2) + accumulation(2) + strategy("sequence_parallel=true")},
@@ -238,11 +240,10 @@ TEST_CASE("grids that do not fit the models are refused with those that do", "[e
   refused(pp(4), "8",
           "pipeline_model_parallel_size: the teacher's 2 layers are fewer than pp_size 4; grids (tp×pp×dp) that fit "
           "these models and 8 ranks: 1×1×4, 1×2×2, 2×1×2, 2×2×1, 4×1×1");
-  refused(
-      {}, "3",
-      "3 ranks cannot be split into as many students as teachers: start 2 or 4 ranks, or set distill_loss_weight: 0 "
-      "to train without a teacher on any number; no grid fits 3 ranks, which are halved; grids (tp×pp×dp) that fit "
-      "these models and 2 ranks: 1×1×1; 4 ranks: 1×1×2, 1×2×1, 2×1×1");
+  refused({}, "3",
+          "3 ranks cannot be split into as many students as teachers; distill_loss_weight: 0 trains "
+          "without a teacher on any number; no grid fits 3 ranks, which are halved; grids (tp×pp×dp) that fit "
+          "these models and 2 ranks: 1×1×1; 4 ranks: 1×1×2, 1×2×1, 2×1×1");
   refused(
       tp(4), "12",
       "12 ranks cannot be cut into groups of tp_size 4 for students and for teachers (a group stays inside a node): "

@@ -74,7 +74,8 @@ using Whole = std::map<std::string, std::vector<float>>;
 
 struct Outcome {
   std::vector<double> losses, norms, validation;  // of validation all four metrics
-  std::vector<double> teacher_waits, student_waits;
+  std::vector<double> teacher_waits, student_waits, bubbles;
+  StepTimes times;
   Whole gradients, weights;    // of the first step; at the end
   std::int64_t differing = 0;  // weights of which two ranks hold different bits, at the end
 };
@@ -187,6 +188,7 @@ class Rank {
     TrainState state;
     trainer.run(state);
     const std::lock_guard lock(mutex_);
+    if (groups_.role->rank() == 0) outcome_.times = trainer.times();
     for (const Param& p : student.table().all())
       outcome_.differing += put(outcome_.weights, *device_, p, {p.offset, p.size()}, student.values());
   }
@@ -220,6 +222,7 @@ class Rank {
       if (name.starts_with("student/val_")) outcome_.validation.push_back(value);
       if (name == "time/teacher_wait") outcome_.teacher_waits.push_back(value);
       if (name == "time/student_wait") outcome_.student_waits.push_back(value);
+      if (name == "system/pipeline_bubble") outcome_.bubbles.push_back(value);
     }
   }
 
@@ -424,6 +427,19 @@ TEST_CASE("waits for teachers, and of teachers, are means over the ranks that ha
   for (const double seconds : outcome.teacher_waits) CHECK(seconds == Approx(setup.micro_batches() * teacher_wait));
   REQUIRE(outcome.student_waits.size() == std::size_t(steps));
   for (const double seconds : outcome.student_waits) CHECK(seconds == Approx(setup.micro_batches() * student_wait));
+  // The report at the end shares the step out over all ranks: of the teacher's time only the last stage's part.
+  const double micro_batches = double(steps) * setup.micro_batches();
+  CHECK(outcome.times.teacher == Approx(micro_batches * teacher_wait / setup.pp));
+  CHECK(outcome.times.student_wait == Approx(micro_batches * student_wait));
+}
+
+TEST_CASE("a pipeline that waits says for which part of a step") {
+  Setup setup;
+  setup.pp = GENERATE(1, 4);
+  setup.accumulation = 1;
+  const Outcome outcome = train(setup);
+  CHECK(outcome.bubbles.size() == std::size_t(setup.pp > 1 ? steps : 0));
+  for (const double part : outcome.bubbles) CHECK((part > 0 && part < 1));
 }
 
 TEST_CASE("in bf16 a grid trains like one rank to rounding", "[grid]") {
