@@ -33,7 +33,7 @@ Exit codes:
   1   internal error, or a failure of the machine
   2   bad input: command line, configuration, model or data
   3   another rank died, or gave nothing for too long
-  4   loss or gradient were not finite for max_nonfinite_steps steps in a row
+  4   loss or gradient were not finite for max_nonfinite_steps steps in a row, or an outlier (outlier_action: stop)
   85  stopped by a signal or a time limit after saving: run the same command again)";
 
 // Whether a command takes the configuration, overrides and options of training.

@@ -109,7 +109,8 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
   if (speaks)
     for (const std::string& warning : plan->warnings) std::cerr << "warning: " << warning << std::endl;
   say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));
-  if (plan->grid.places.size() > 1) say(describe(plan->grid, plan_hosts(world, command.ranks)));
+  if (plan->grid.places.size() > 1)
+    say(describe(plan->grid, plan->student.tied_head, plan_hosts(world, command.ranks)));
   // The devices of other ranks than these are not known here.
   const RunDevices devices = command.ranks > 0 ? RunDevices{} : find_devices(plan->config, plan->grid, world);
   if (command.ranks == 0) say(describe(devices, plan->grid, world));

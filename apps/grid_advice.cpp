@@ -1,6 +1,8 @@
 #include "apps/grid_advice.h"
 
 #include <algorithm>
+#include <functional>
+#include <map>
 #include <numeric>
 
 #include "core/error.h"
@@ -8,13 +10,15 @@
 
 namespace distill {
 
-std::string misfit(const ModelSpec& spec, int tp, int pp) {
-  if (spec.q_heads % tp != 0) return text(spec.q_heads, " attention heads are no multiple of tp_size ", tp);
+std::optional<Misfit> misfit(const ModelSpec& spec, int tp, int pp) {
+  const auto tensor = [](auto... problem) { return Misfit{"tensor_model_parallel_size", text(problem...)}; };
+  if (spec.q_heads % tp != 0) return tensor(spec.q_heads, " attention heads are no multiple of tp_size ", tp);
   if (spec.kv_heads % tp != 0 && tp % spec.kv_heads != 0)
-    return text(spec.kv_heads, " key/value heads and tp_size ", tp, " do not divide each other");
+    return tensor(spec.kv_heads, " key/value heads and tp_size ", tp, " do not divide each other");
   if (spec.feed_forward % tp != 0)
-    return text("intermediate_size ", spec.feed_forward, " is no multiple of tp_size ", tp);
-  if (spec.layers < pp) return text(spec.layers, " layers are fewer than pp_size ", pp);
+    return tensor("intermediate_size ", spec.feed_forward, " is no multiple of tp_size ", tp);
+  if (spec.layers < pp)
+    return Misfit{"pipeline_model_parallel_size", text(spec.layers, " layers are fewer than pp_size ", pp)};
   return {};
 }
 
@@ -32,7 +36,7 @@ std::vector<GridSizes> fitting_grids(const GridQuestion& question, const std::ve
           ranks % (roles * tp * pp) == 0 &&
           std::all_of(node_ranks.begin(), node_ranks.end(), [&](int n) { return n % (roles * tp) == 0; });
       if (fits_nodes && std::all_of(question.models.begin(), question.models.end(),
-                                    [&](const ModelSpec& model) { return misfit(model, tp, pp).empty(); }))
+                                    [&](const ModelSpec& model) { return !misfit(model, tp, pp); }))
         grids.push_back({tp, pp, ranks / (roles * tp * pp)});
     }
   std::stable_sort(grids.begin(), grids.end(), [&](const GridSizes& a, const GridSizes& b) {
@@ -42,12 +46,20 @@ std::vector<GridSizes> fitting_grids(const GridQuestion& question, const std::ve
   return grids;
 }
 
-// "6 ranks", "2 + 4 ranks on the nodes".
+// "6 ranks", "2 + 4 ranks on the nodes", "128 nodes × 8 + 1 node × 4 ranks".
 std::string counts_text(const std::vector<int>& node_ranks) {
-  std::string counts;
-  for (const int n : node_ranks) counts += text(counts.empty() ? "" : " + ", n);
-  return counts + (node_ranks == std::vector<int>{1} ? " rank" : " ranks") +
-         (node_ranks.size() > 1 ? " on the nodes" : "");
+  constexpr std::size_t most_nodes = 4;
+  if (node_ranks.size() == 1) return text(node_ranks[0], node_ranks[0] == 1 ? " rank" : " ranks");
+  std::string out;
+  const auto add = [&](auto... words) { out += text(out.empty() ? "" : " + ", words...); };
+  if (node_ranks.size() <= most_nodes) {
+    for (const int n : node_ranks) add(n);
+    return out + " ranks on the nodes";
+  }
+  std::map<int, int, std::greater<>> nodes;  // by their ranks
+  for (const int n : node_ranks) ++nodes[n];
+  for (const auto& [n, count] : nodes) add(count, count == 1 ? " node × " : " nodes × ", n);
+  return out + " ranks";
 }
 
 std::string list(const std::vector<GridSizes>& grids) {

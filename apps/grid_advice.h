@@ -1,16 +1,22 @@
 // Which grids work for given models and ranks, for messages about one that does not. Pure functions.
 #pragma once
 
-#include <span>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/model/spec.h"
 
 namespace distill {
 
-// Why a model cannot be cut so; empty when it can. A vocabulary of tp² ids or more leaves no rank without a column.
-std::string misfit(const ModelSpec& spec, int tp, int pp);
+// Why a model cannot be cut so.
+struct Misfit {
+  std::string_view key;  // of strategy_config, that asks for it
+  std::string problem;
+};
+// A vocabulary of tp² ids or more leaves no rank without a column.
+std::optional<Misfit> misfit(const ModelSpec& spec, int tp, int pp);
 
 // What to start: the models, with a teacher or without, and the ranks of each node.
 struct GridQuestion {

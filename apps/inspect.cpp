@@ -1,6 +1,8 @@
 #include "apps/inspect.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
 #include <filesystem>
 #include <map>
 #include <set>
@@ -39,6 +41,14 @@ std::string size_text(const CheckpointManifest& manifest) {
   return text(bytes_text(double(bytes_of(manifest))), " in ", counted(manifest.shards.size(), "file"));
 }
 
+// ", validation loss 2.3456", or nothing.
+std::string loss_text(const TrainState& state) {
+  if (!state.validation_loss) return {};
+  std::array<char, 40> out{};
+  std::snprintf(out.data(), out.size(), ", validation loss %.4f", *state.validation_loss);
+  return out.data();
+}
+
 // A line for each kind: values, master, exp_avg, exp_avg_sq.
 void say_kinds(const std::map<std::string, StoredMatrix>& tensors, const Say& say) {
   struct Kind {
@@ -70,7 +80,7 @@ void say_facts(const CheckpointManifest& manifest, const Say& say) {
   const TrainState& state = manifest.state;
   const CheckpointRun& run = manifest.run;
   say(text("  step ", state.step, ": ", state.samples, " samples, ", state.tokens, " tokens, ", state.optimizer_updates,
-           " optimizer updates"));
+           " optimizer updates", loss_text(state)));
   say(text("  written ", manifest.written, " by distill ", run.version));
   say(text("  grid ", describe(run.grid), "; global batch ", run.samples_per_step, "; seed ", run.seed, "; ",
            counted(std::size_t(run.threads), "compute thread"), " a rank"));
@@ -123,17 +133,30 @@ std::string damage_of(const FoundCheckpoint& checkpoint) {
   return problem.empty() && !problems.empty() ? problems.front() : problem;
 }
 
+// Nothing where none was validated.
+std::string best_path(const std::vector<FoundCheckpoint>& found) {
+  std::vector<CompleteCheckpoint> complete;
+  for (const FoundCheckpoint& checkpoint : found)
+    if (checkpoint.manifest) complete.push_back({checkpoint.path, *checkpoint.manifest});
+  std::sort(complete.begin(), complete.end(), [](const CompleteCheckpoint& a, const CompleteCheckpoint& b) {
+    return a.manifest.serial > b.manifest.serial;
+  });
+  const CompleteCheckpoint* best = best_of(complete);
+  return best ? best->path : "";
+}
+
 ExitCode inspect_all(const std::string& folder, const Say& say) {
   const std::vector<FoundCheckpoint> found = find_checkpoints(folder);
   check_input(!found.empty(), folder, ": holds no checkpoints (step-…)");
   say(folder);
+  const std::string best = best_path(found);
   const FoundCheckpoint* newest = nullptr;
   bool all_good = true;
   for (const FoundCheckpoint& checkpoint : found) {
     const std::string damage = damage_of(checkpoint), name = fs::path(checkpoint.path).filename();
     if (damage.empty()) {
-      say(text("  ", name, ": complete, written ", checkpoint.manifest->written, ", ",
-               size_text(*checkpoint.manifest)));
+      say(text("  ", name, ": complete, written ", checkpoint.manifest->written, ", ", size_text(*checkpoint.manifest),
+               loss_text(checkpoint.manifest->state), checkpoint.path == best ? ", best" : ""));
       if (!newest || checkpoint.manifest->serial > newest->manifest->serial) newest = &checkpoint;
     } else {
       say(text("  ", name, ": damaged: ", damage));

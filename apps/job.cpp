@@ -52,6 +52,9 @@ TrainerOptions trainer_options(const RunPlan& plan, double peak_flops) {
   o.loss = loss_spec(plan);
   o.logits_chunk = plan.logits_chunk;
   o.max_nonfinite_steps = c.max_nonfinite_steps;
+  o.outlier_action = c.outlier_action;
+  o.outlier_window = c.outlier_window;
+  o.outlier_zscore = c.outlier_zscore;
   o.flops_per_token = flops_per_token(plan.student, true) + (plan.teacher ? flops_per_token(*plan.teacher, false) : 0);
   o.flops_per_pair = flops_per_pair(plan.student, true) + (plan.teacher ? flops_per_pair(*plan.teacher, false) : 0);
   o.peak_flops = peak_flops;
@@ -89,7 +92,9 @@ std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, c
                  {.folder = log_dir.string(), .names = metric_names(), .resumed_step = first_step, .warn = warn});
   // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
   const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
-  sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps));
+  sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps, [] {
+    return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+  }));
   folder.clear_finished();
   write_durably(folder.file("config.yaml"), to_yaml(config));
   return sinks;
@@ -137,27 +142,30 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   });
   const Payload payload = decide_payload(plan, *device, world, say);
   std::optional<Channel> channel;
-  world.run_together([&] {
+  run_long(world, [&] {
     with_memory_for("the logits channel", [&] {
       channel.emplace(plan, payload, devices.are_gpus(), *device, place, groups, teacher ? &*teacher : nullptr);
     });
   });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
-  CheckpointFolder checkpoints(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
-                               {place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
-                               *groups.role, warn);
+  std::optional<CheckpointFolder> checkpoints;
   TrainState state;
   std::vector<std::unique_ptr<MetricSink>> sinks;
   run_long(world, [&] {
     const WaitForWork patience(*groups.role);
-    if (studies) state = resume(plan, checkpoints, *student, say);
+    if (studies) {
+      checkpoints.emplace(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
+                          StoredPlace{place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
+                          *groups.role, warn);
+      state = resume(plan, *checkpoints, *student, say);
+    }
     if (leads) sinks = open_outputs(*folder, plan, state.step, warn);
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {
     TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload, *groups.pp_forward,
                 *groups.pp_backward)
-        .run(first_step, plan.total_steps);
+        .run(first_step, plan.total_steps, {validation.get(), config.eval_steps, plan.total_steps});
     return ExitCode::ok;
   }
 
@@ -167,9 +175,17 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   hooks.report = [&](const MetricRecord& record) {
     for (const auto& metrics : sinks) metrics->write(record);
   };
+  if (leads) hooks.warn = warn;
   hooks.save = [&](const TrainState& at) {
     const WaitForWork patience(*groups.role);
-    checkpoints.save(at, student->state(CheckpointUse::save));
+    checkpoints->save(at, student->state(CheckpointUse::save));
+  };
+  hooks.finish_saves = [&] {
+    try {
+      checkpoints->finish();
+    } catch (const CommonError& error) {  // of the writers, who have warned of it with its reason
+      throw CommonError(error.code(), "the last checkpoint is not kept: see the warning above");
+    }
   };
   bool is_late = false;
   hooks.stop_requested = [&] {

@@ -78,13 +78,11 @@ DataPlan data_plan(const RunPlan& plan, int dp_rank) {
 // The sizes that were asked for must fit the models; what does not is said with the grids that do.
 void check_sizes_fit(const ConfigFile& file, const GridQuestion& question) {
   for (const ModelSpec& model : question.models) {
-    const std::string problem = misfit(model, question.tp, question.pp);
-    if (problem.empty()) continue;
-    const bool is_layers = problem.find("layers") != std::string::npos;
-    const std::string key =
-        text("student.strategy_args.strategy_config.", is_layers ? "pipeline" : "tensor", "_model_parallel_size");
+    const auto found = misfit(model, question.tp, question.pp);
+    if (!found) continue;
+    const std::string key = text("student.strategy_args.strategy_config.", found->key);
     fail_input(file.where(key), ": ", key, ": the ", &model == &question.models.front() ? "student" : "teacher", "'s ",
-               problem, "; ", grid_advice(question));
+               found->problem, "; ", grid_advice(question));
   }
 }
 
@@ -137,6 +135,10 @@ void check_shared_memory(const RunPlan& plan, bool has_begun, const Warn& warn) 
   if (ranks > 1 && !has_begun)  // `check --ranks`: all are planned on one node
     groups[0] +=
         shared_group_bytes(ranks) + data_bytes(plan.train) + (plan.validation ? data_bytes(*plan.validation) : 0);
+  std::map<int, int> students;  // by node
+  for (const Place& place : plan.grid.places) students[place.node] += is_student(place.role);
+  if (students.size() == 1 && students.begin()->second > 1)  // their checkpoint writers are one more group
+    groups[students.begin()->first] += shared_group_bytes(students.begin()->second);
   for (const Place& place : plan.grid.places)
     if (place.role == Role::student && place.partner >= 0 && place.pp_rank + 1 == plan.grid.sizes.pp)
       channels[place.node] += most_channel_bytes(plan, place);

@@ -18,7 +18,7 @@ if(DISTILL_SANITIZE)
   target_link_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE})
   target_compile_definitions(distill_flags INTERFACE "DISTILL_SKIPPED_TARGETS=HWY_AVX3")
   # Instrumented code makes gcc 12 see uninitialised values in std::regex, which Catch uses.
-  target_compile_options(distill_flags INTERFACE -Wno-maybe-uninitialized)
+  target_compile_options(distill_flags INTERFACE $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
 endif()
 # What every executable links besides: nothing, except under AddressSanitizer (keep_loaded.c says why).
 add_library(distill_executable INTERFACE)

@@ -45,10 +45,13 @@ struct Patience {
   std::chrono::milliseconds stall_report = std::chrono::seconds(30);     // once per wait: report who waits for whom
   std::function<void(const std::string&)> report;                        // takes that line; stderr when empty
 
-  // The same for waits that last as long as the other lives, and are no stall.
+  // The same for waits that last as long as the other lives: after peer_timeout they report who waits for whom, once,
+  // and go on.
   Patience while_alive() const {
+    constexpr std::chrono::hours for_ever(24 * 365);
     Patience endless = *this;
-    endless.peer_timeout = endless.stall_report = std::chrono::hours(24 * 365);
+    if (peer_timeout < for_ever) endless.stall_report = peer_timeout;
+    endless.peer_timeout = for_ever;
     return endless;
   }
 };

@@ -20,6 +20,7 @@
 #include "core/model/spec.h"
 #include "core/number.h"
 #include "core/optim/schedule.h"
+#include "core/train/outlier.h"
 
 namespace distill {
 
@@ -90,6 +91,9 @@ inline constexpr auto choices<AttentionHint> = std::array<Choice<AttentionHint>,
 template <>
 inline constexpr auto choices<Recompute> =
     std::array<Choice<Recompute>, 2>{{{"full", Recompute::full}, {"selective", Recompute::selective}}};
+
+template <>
+inline constexpr auto choices<OutlierAction> = numbered<OutlierAction>(outlier_action_names);
 
 enum class PackingAlgorithm { none, load_balance };
 template <>
@@ -333,6 +337,9 @@ struct Config {
   Seconds peer_dead_after{20}, peer_timeout{600};
   std::optional<Seconds> max_time;
   int max_nonfinite_steps = 5;
+  OutlierAction outlier_action = OutlierAction::off;
+  int outlier_window = 100;
+  double outlier_zscore = 6;
   AutoOr<double> peak_flops;
   bool profiler_timeline = false;
   WorkerConfig student, teacher;
@@ -356,7 +363,8 @@ struct Config {
     v("save_steps", s.save_steps, not_negative, "steps between checkpoints; 0: only the final one");
     v("logging_steps", s.logging_steps, not_negative, "steps between lines of metrics; 0: never");
     v("eval_steps", s.eval_steps, not_negative, "steps between validations; 0: never");
-    v("max_ckpt_to_keep", s.max_ckpt_to_keep, not_negative, "newest checkpoints that are kept; 0: all");
+    v("max_ckpt_to_keep", s.max_ckpt_to_keep, not_negative,
+      "newest checkpoints that are kept, beside the best one; 0: all");
     v("resume_from_checkpoint", s.resume_from_checkpoint, anything,
       "true: the newest complete checkpoint of this run; or its path");
     v("student_pretrain", s.student_pretrain, anything, "Hugging Face model folder of the student");
@@ -392,7 +400,11 @@ struct Config {
       "longest wait for a rank that is alive; teachers wait as long as students live");
     v("max_time", s.max_time, positive, "wall-clock limit, e.g. 3h55m: save and leave with exit code 85");
     v("max_nonfinite_steps", s.max_nonfinite_steps, at_least(1),
-      "steps in a row without finite numbers that end a run");
+      "steps in a row without finite numbers that end a run; skipped outliers count");
+    v("outlier_action", s.outlier_action, anything,
+      "when a loss or gradient norm is far above those before; stop: save what was before and leave with exit code 4");
+    v("outlier_window", s.outlier_window, at_least(2), "steps that an outlier is judged by, and that come before any");
+    v("outlier_zscore", s.outlier_zscore, positive, "standard deviations above their mean that make an outlier");
     v("peak_flops", s.peak_flops, positive, "floating-point operations per second of a rank, for MFU; auto: measured");
     v("profiler_timeline", s.profiler_timeline, anything, "write a trace of a few steps");
     v.section("student", s.student);

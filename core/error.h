@@ -10,10 +10,10 @@ namespace distill {
 // What the process returns to its launcher (README, "Exit codes").
 enum class ExitCode : int {
   ok = 0,
-  internal = 1,     // a bug or a failure of the machine
-  bad_input = 2,    // something the user wrote or pointed to; found before training starts
-  peer_lost = 3,    // another rank died or gave nothing for too long
-  non_finite = 4,   // max_nonfinite_steps steps in a row without a finite loss and gradient
+  internal = 1,    // a bug or a failure of the machine
+  bad_input = 2,   // something the user wrote or pointed to; found before training starts
+  peer_lost = 3,   // another rank died or gave nothing for too long
+  non_finite = 4,  // max_nonfinite_steps steps in a row without a finite loss and gradient, or an outlier stops the run
   interrupted = 85  // saved after a signal or a time limit: the same command continues
 };
 

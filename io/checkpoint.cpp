@@ -1,46 +1,13 @@
 #include "io/checkpoint.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <array>
-#include <cerrno>
-#include <cstdio>
-#include <cstring>
-#include <ctime>
-#include <filesystem>
 #include <map>
+#include <span>
 
 #include "core/error.h"
-#include "io/crc32c.h"
-#include "io/durable_file.h"
-#include "io/hdf5.h"
 
 namespace distill {
 
 namespace {
-
-namespace fs = std::filesystem;
-
-std::string name_of_step(std::int64_t step) {
-  std::array<char, 32> name{};
-  std::snprintf(name.data(), name.size(), "step-%06lld", static_cast<long long>(step));
-  return name.data();
-}
-
-std::string shard_name(const StoredPlace& place) {
-  return text("student-pp", place.pp, "-tp", place.tp, "-dp", place.dp, ".h5");
-}
-
-std::string utc_now() {
-  const std::time_t now = std::time(nullptr);
-  std::tm parts{};
-  gmtime_r(&now, &parts);
-  std::array<char, 32> out{};
-  std::strftime(out.data(), out.size(), "%Y-%m-%dT%H:%M:%SZ", &parts);
-  return out.data();
-}
 
 StoredMatrix stored(const CheckpointTensor& tensor) {
   return {.name = tensor.name,
@@ -53,101 +20,27 @@ StoredMatrix stored(const CheckpointTensor& tensor) {
           .first_col = tensor.first_col};
 }
 
-View part(const CheckpointTensor& tensor, const Slab& slab) {
-  return tensor.data.row_slice(slab.first_row, slab.rows).col_slice(slab.first_col, slab.cols);
-}
-
-// Fails now when the file system cannot hold so many bytes, rather than in the middle of HDF5's writing.
-void check_space(const std::string& path, std::uint64_t bytes) {
-  const int descriptor = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
-  if (descriptor < 0) fail(path, ": cannot create: ", std::strerror(errno));
-  const int error = fallocate(descriptor, 0, 0, off_t(bytes)) == 0 ? 0 : errno;
-  close(descriptor);
-  unlink(path.c_str());
-  // File systems that cannot reserve say so; there the writing itself must fail.
-  if (error == ENOSPC || error == EFBIG || error == EDQUOT)
-    fail(path, ": cannot write ", bytes, " bytes: ", std::strerror(error));
-}
-
 }  // namespace
 
 CheckpointFolder::CheckpointFolder(std::string folder, CheckpointRun run, const StoredPlace& place, int keep,
                                    Device& device, Communicator& ranks, Warn warn)
     : folder_(std::move(folder)),
       run_(std::move(run)),
-      place_(place),
-      keep_(keep),
+      nearest_(shard_name(place)),
       device_(device),
       ranks_(ranks),
-      warn_(std::move(warn)) {}
+      warn_(std::move(warn)),
+      writer_(folder_, run_, place, keep, ranks, warn_) {}
 
 void CheckpointFolder::warn(const std::string& message) const {
   if (ranks_.rank() == 0) warn_(message);
 }
 
 void CheckpointFolder::save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) {
-  const bool is_first = ranks_.rank() == 0;
-  const std::string path = fs::path(folder_) / name_of_step(state.step);
-  std::optional<DurableFolder> out;
-  std::string partial;
-  ranks_.run_together([&] {
-    if (!is_first) return;
-    remove_leftovers(folder_);
-    if (serial_ == 0)
-      for (const CompleteCheckpoint& older : complete_checkpoints(folder_, [](const std::string&) {}))
-        serial_ = std::max(serial_, older.manifest.serial);
-    partial = out.emplace(path).partial();
-  });
-  partial = ranks_.broadcast(partial, 0);
-  std::optional<StoredShard> mine;
-  ranks_.run_together([&] { mine = write_shard(partial, tensors); });
-  const std::vector<std::string> shards = ranks_.all_gather(mine ? to_json(*mine) : "");
-  ranks_.run_together([&] {
-    if (!is_first) return;
-    CheckpointManifest manifest{.serial = serial_ + 1, .written = utc_now(), .state = state, .run = run_, .shards = {}};
-    for (const std::string& shard : shards)
-      if (!shard.empty()) manifest.shards.push_back(parse_shard(shard));
-    write_durably(fs::path(partial) / "manifest.json", to_json(manifest));
-    out->commit();
-    ++serial_;
-  });
-  if (keep_ == 0) return;
-  ranks_.run_together([&] {
-    if (mine) check_shard(path, *mine);
-  });
-  ranks_.run_together([&] {
-    if (is_first) prune(path);
-  });
-}
-
-std::optional<StoredShard> CheckpointFolder::write_shard(const std::string& folder,
-                                                         const std::vector<CheckpointTensor>& tensors) const {
-  constexpr std::uint64_t frame = 1 << 16, frame_of_dataset = 1 << 10;  // more than HDF5's own structures need
-  std::uint64_t bytes = 0;
-  for (const CheckpointTensor& t : tensors)
-    if (t.data.size() > 0) bytes += frame_of_dataset + std::uint64_t(t.data.size()) * size_of(t.data.dtype);
-  if (bytes == 0) return std::nullopt;
-  StoredShard shard;
-  shard.file = shard_name(place_);
-  const std::string path = fs::path(folder) / shard.file;
-  check_space(path, frame + bytes);
-  Hdf5Writer file(path);
-  std::map<std::string, int> parts;  // so far, by tensor
-  for (const CheckpointTensor& tensor : tensors) {
-    if (tensor.data.size() == 0) continue;
-    StoredMatrix matrix = stored(tensor);
-    if (const int part = parts[tensor.name]++; part > 0) matrix.name += text('#', part);
-    std::uint32_t crc = 0;
-    const FileRange range = file.write(matrix, [&](const Slab& slab, std::span<std::byte> values) {
-      device_.download(values.data(), part(tensor, slab));
-      crc = crc32c(values, crc);
-    });
-    shard.datasets.push_back({tensor.name, matrix, range, crc});
-  }
-  file.close();
-  shard.bytes = fs::file_size(path);
-  shard.frame_crc = frame_checksum(path, shard);
-  return shard;
+  std::vector<StoredMatrix> parts;
+  for (const CheckpointTensor& tensor : tensors) parts.push_back(stored(tensor));
+  writer_.save(state, parts,
+               [&](std::size_t part, std::span<std::byte> to) { device_.download(to.data(), tensors[part].data); });
 }
 
 std::optional<std::string> CheckpointFolder::newest() {
@@ -162,6 +55,7 @@ std::optional<std::string> CheckpointFolder::newest() {
     if (path.empty()) return std::nullopt;
     try {
       ranks_.run_together([&] { check_every_byte(path); });
+      verified_ = path;
       return path;
     } catch (const Error& problem) {
       if (problem.code() == ExitCode::peer_lost) throw;
@@ -180,12 +74,13 @@ void CheckpointFolder::check_every_byte(const std::string& path) const {
 TrainState CheckpointFolder::load(const std::string& path, const std::vector<CheckpointTensor>& tensors) {
   std::optional<CheckpointReader> reader;
   ranks_.run_together([&] {
-    reader.emplace(path, read_manifest(path), shard_name(place_));
+    reader.emplace(path, read_manifest(path), nearest_);
     for (const std::string& difference : check_continues(path, reader->manifest(), run_)) warn(difference);
     for (const CheckpointTensor& tensor : tensors) reader->check_holds(stored(tensor));
   });
   check_all_wanted(*reader, tensors);
-  ranks_.run_together([&] { check_every_byte(path); });
+  if (path != verified_) ranks_.run_together([&] { check_every_byte(path); });
+  verified_.clear();
   ranks_.run_together([&] {
     std::vector<std::byte> bytes;
     for (const CheckpointTensor& tensor : tensors) {
@@ -211,19 +106,6 @@ void CheckpointFolder::check_all_wanted(const CheckpointReader& reader,
       check_input(is_wanted[i] != 0, reader.path(), ": holds ", name,
                   ", which this run has not: another model or another dtype");
   });
-}
-
-// Deletes the oldest complete checkpoints beyond `keep`, never the one that was just written.
-void CheckpointFolder::prune(const std::string& newest_path) const {
-  const std::vector<CompleteCheckpoint> complete = complete_checkpoints(folder_, [](const std::string&) {});
-  for (std::size_t i = std::size_t(keep_); i < complete.size(); ++i) {
-    if (complete[i].path == newest_path) continue;
-    try {
-      remove_folder(complete[i].path);
-    } catch (const Error& problem) {
-      warn(text("an old checkpoint stays: ", problem.what()));
-    }
-  }
 }
 
 }  // namespace distill

@@ -104,7 +104,17 @@ json state_json(const TrainState& s) {
           {"optimizer_updates", s.optimizer_updates},
           {"loss_scale", s.loss_scale},
           {"loss_scale_good_steps", s.loss_scale_good_steps},
-          {"nonfinite_in_a_row", s.nonfinite_in_a_row}};
+          {"nonfinite_in_a_row", s.nonfinite_in_a_row},
+          {"validation_loss", s.validation_loss ? json(*s.validation_loss) : json()},
+          {"outlier_steps", s.outlier_steps},
+          {"recent_losses", s.recent_losses},
+          {"recent_gradient_norms", s.recent_gradient_norms}};
+}
+
+// What older manifests lack, or what was not known.
+std::optional<double> optional_number(const json& object, const char* key) {
+  const auto found = object.find(key);
+  return found == object.end() || found->is_null() ? std::nullopt : std::optional(found->get<double>());
 }
 
 TrainState state_from(const json& value) {
@@ -114,7 +124,12 @@ TrainState state_from(const json& value) {
           .nonfinite_in_a_row = value.at("nonfinite_in_a_row"),
           .optimizer_updates = value.at("optimizer_updates"),
           .samples = value.at("samples"),
-          .tokens = value.at("tokens")};
+          .tokens = value.at("tokens"),
+          .validation_loss = optional_number(value, "validation_loss"),
+          // Older checkpoints lack these.
+          .outlier_steps = value.value("outlier_steps", std::int64_t(0)),
+          .recent_losses = value.value("recent_losses", std::vector<double>()),
+          .recent_gradient_norms = value.value("recent_gradient_norms", std::vector<double>())};
 }
 
 CheckpointManifest manifest_from(const json& value) {
@@ -308,6 +323,14 @@ std::vector<CompleteCheckpoint> complete_checkpoints(const std::string& folder,
   for (auto checkpoint = found.rbegin(); checkpoint != found.rend() && checkpoint->step > newest_step; ++checkpoint)
     if (!checkpoint->manifest) report(checkpoint->problem);
   return complete;
+}
+
+const CompleteCheckpoint* best_of(const std::vector<CompleteCheckpoint>& complete) {
+  const auto loss_of = [](const CompleteCheckpoint& c) { return c.manifest.state.validation_loss; };
+  const CompleteCheckpoint* best = nullptr;
+  for (const CompleteCheckpoint& checkpoint : complete)
+    if (loss_of(checkpoint) && (!best || loss_of(checkpoint) < loss_of(*best))) best = &checkpoint;
+  return best;
 }
 
 std::uint32_t frame_checksum(const std::string& path, const StoredShard& shard) {

@@ -79,6 +79,11 @@ struct CompleteCheckpoint {
 std::vector<CompleteCheckpoint> complete_checkpoints(const std::string& folder,
                                                      const std::function<void(const std::string&)>& report);
 
+// The one with the lowest validation loss, of equal ones the newest; null where none was validated.
+const CompleteCheckpoint* best_of(const std::vector<CompleteCheckpoint>& complete);
+// The name in a folder of checkpoints that stands for the best one: a link.
+inline constexpr const char* best_name = "best";
+
 // One shard, on its own: how ranks tell rank 0 what they wrote.
 std::string to_json(const StoredShard& shard);
 StoredShard parse_shard(const std::string& json);

@@ -367,7 +367,8 @@ void warn_of_idle_teacher_keys(ConfigFile& file) {
   WorkerConfig::visit(untouched, defaults);
   std::string list;
   for (const auto& [key, value] : teacher.values) {
-    const bool is_idle = std::any_of(idle.begin(), idle.end(), [&](std::string_view k) { return key.starts_with(k); });
+    const std::string_view name = key;
+    const bool is_idle = std::any_of(idle.begin(), idle.end(), [&](std::string_view k) { return name.starts_with(k); });
     if (is_idle && value != student.values.at(key) && value != defaults.values.at(key))
       list += text(list.empty() ? "" : ", ", "teacher.", key);
   }

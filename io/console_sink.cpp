@@ -7,6 +7,7 @@
 #include <optional>
 #include <ostream>
 #include <string_view>
+#include <utility>
 
 #include "core/error.h"
 
@@ -41,10 +42,13 @@ std::optional<double> find(const MetricRecord& record, std::string_view name) {
 struct Part {
   const char *metric, *label;
 };
-constexpr std::array step_parts = {Part{"time/data_wait", "data"},     Part{"time/teacher_wait", "teacher wait"},
+constexpr std::array step_parts = {Part{"time/data_wait", "data"},
+                                   Part{"time/teacher_wait", "teacher wait"},
                                    Part{"time/pipeline_bubble", "pipeline wait"},
-                                   Part{"time/forward", "forward"},    Part{"time/loss", "loss"},
-                                   Part{"time/backward", "backward"},  Part{"time/reduce", "reduce"},
+                                   Part{"time/forward", "forward"},
+                                   Part{"time/loss", "loss"},
+                                   Part{"time/backward", "backward"},
+                                   Part{"time/reduce", "reduce"},
                                    Part{"time/optimizer", "optimizer"}};
 
 // "412 ms (data 1%, teacher wait 12%, …)"
@@ -58,8 +62,8 @@ std::string step_time(const MetricRecord& record, double seconds) {
 
 }  // namespace
 
-ConsoleSink::ConsoleSink(std::ostream& out, bool is_terminal, std::int64_t total_steps)
-    : out_(out), is_terminal_(is_terminal), total_steps_(total_steps) {}
+ConsoleSink::ConsoleSink(std::ostream& out, bool is_terminal, std::int64_t total_steps, std::function<double()> seconds)
+    : out_(out), is_terminal_(is_terminal), total_steps_(total_steps), seconds_(std::move(seconds)) {}
 
 ConsoleSink::~ConsoleSink() {
   if (bar_is_drawn_) out_ << '\n' << std::flush;
@@ -68,11 +72,10 @@ ConsoleSink::~ConsoleSink() {
 std::string ConsoleSink::time_left(const MetricRecord& record) {
   if (first_step_ < 0) {
     first_step_ = record.step;
-    first_time_ = record.wall_time;
+    first_time_ = seconds_();
   }
-  const double per_step = record.step > first_step_
-                              ? (record.wall_time - first_time_) / double(record.step - first_step_)
-                              : find(record, "train/step_train").value_or(0);
+  const double per_step = record.step > first_step_ ? (seconds_() - first_time_) / double(record.step - first_step_)
+                                                    : find(record, "train/step_train").value_or(0);
   return duration_text(per_step * double(total_steps_ - record.step));
 }
 

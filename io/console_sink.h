@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <iosfwd>
 #include <string>
 
@@ -12,7 +13,8 @@ namespace distill {
 // A line a record for people; on a terminal a progress bar stays below the lines.
 class ConsoleSink final : public MetricSink {
  public:
-  ConsoleSink(std::ostream& out, bool is_terminal, std::int64_t total_steps);
+  // seconds: a clock that never jumps; the time that is left is told by it.
+  ConsoleSink(std::ostream& out, bool is_terminal, std::int64_t total_steps, std::function<double()> seconds);
   ~ConsoleSink() override;
 
   void write(const MetricRecord& record) override;
@@ -23,6 +25,7 @@ class ConsoleSink final : public MetricSink {
   std::ostream& out_;
   bool is_terminal_;
   std::int64_t total_steps_;
+  std::function<double()> seconds_;
   std::int64_t first_step_ = -1;  // and its time: of the first record
   double first_time_ = 0;
   bool bar_is_drawn_ = false;

@@ -109,6 +109,16 @@ void write_durably(const std::string& path, std::string_view content) {
   file.commit();
 }
 
+void replace_link(const std::string& path, const std::string& target) {
+  std::error_code none;
+  if (fs::read_symlink(path, none) == target) return;
+  const std::string fresh = hidden_neighbour(path, partial_suffix);
+  fs::remove(fresh, none);
+  if (symlink(target.c_str(), fresh.c_str()) != 0) fail_errno("create", fresh);
+  rename_or_fail(fresh, path);
+  sync_path(parent_of(path));
+}
+
 void sync_path(const std::string& path) {
   const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) fail_errno("open", path);

@@ -46,6 +46,8 @@ class DurableFolder {
 
 // Writes a whole small file durably.
 void write_durably(const std::string& path, std::string_view content);
+// Makes `path` a symbolic link to `target`; an older link or file of that name is replaced at once.
+void replace_link(const std::string& path, const std::string& target);
 // Flushes a file, or the names in a folder.
 void sync_path(const std::string& path);
 // Removes a folder so that no half of it can ever be seen under its name.

@@ -49,9 +49,7 @@ StoredMatrix column(const char* name, std::size_t rows) {
 }
 
 void write_column(Hdf5Writer& file, const char* name, std::span<const std::int32_t> values) {
-  file.write(column(name, values.size()), [&](const Slab& slab, std::span<std::byte> bytes) {
-    std::memcpy(bytes.data(), values.data() + slab.first_row, bytes.size());
-  });
+  file.write(column(name, values.size()), std::as_bytes(values));
 }
 
 std::vector<std::int32_t> read_column(const Hdf5Reader& file, const char* name, const std::string& path) {

@@ -1,14 +1,15 @@
 #include "io/hdf5.h"
 
+#include <fcntl.h>
 #include <hdf5.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <mutex>
+#include <cerrno>
+#include <cstring>
 #include <optional>
 #include <utility>
-#include <vector>
 
 #include "core/error.h"
 #include "io/durable_file.h"
@@ -21,19 +22,8 @@ namespace {
 using hdf5::Id, hdf5::must, hdf5::must_read, hdf5::take_turn;
 
 constexpr std::int64_t slab_bytes = 8 << 20;
+constexpr std::size_t most_at_once = 8 << 20;  // bytes of a write
 constexpr const char *format_attribute = "format", *whole_attribute = "whole_shape", *first_attribute = "first";
-
-// Lets others take their turn while a callback runs.
-class Pause {
- public:
-  explicit Pause(std::unique_lock<std::mutex>& turn) : turn_(turn) { turn_.unlock(); }
-  ~Pause() { turn_.lock(); }
-  Pause(const Pause&) = delete;
-  Pause& operator=(const Pause&) = delete;
-
- private:
-  std::unique_lock<std::mutex>& turn_;
-};
 
 hid_t stored_type(DType type) {
   switch (type) {
@@ -120,6 +110,9 @@ Hdf5Writer::Hdf5Writer(const std::string& path, std::uint64_t user_block) : path
   H5Pset_userblock(form, user_block);
   file_ = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, form, H5P_DEFAULT);
   must(file_ >= 0, path, "create");
+  void* descriptor = nullptr;
+  must(H5Fget_vfd_handle(file_, H5P_DEFAULT, &descriptor) >= 0, path, "write");
+  descriptor_ = *static_cast<int*>(descriptor);
 }
 
 Hdf5Writer::~Hdf5Writer() {
@@ -130,8 +123,9 @@ Hdf5Writer::~Hdf5Writer() {
   unlink(path_.c_str());
 }
 
-FileRange Hdf5Writer::write(const StoredMatrix& matrix, const Fill& fill) {
-  auto turn = take_turn();
+// The place of the values is fixed at once, and nothing but write() ever touches it.
+FileRange Hdf5Writer::make_dataset(const StoredMatrix& matrix) {
+  const auto turn = take_turn();
   const std::array<hsize_t, 2> shape = {hsize_t(matrix.rows), hsize_t(matrix.cols)};
   const Id space(H5Screate_simple(2, shape.data(), nullptr), H5Sclose);
   const Id link(H5Pcreate(H5P_LINK_CREATE), H5Pclose), layout(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
@@ -139,24 +133,31 @@ FileRange Hdf5Writer::write(const StoredMatrix& matrix, const Fill& fill) {
   H5Pset_layout(layout, H5D_CONTIGUOUS);
   H5Pset_alloc_time(layout, H5D_ALLOC_TIME_EARLY);
   H5Pset_fill_time(layout, H5D_FILL_TIME_NEVER);
-  const hid_t type = stored_type(matrix.dtype);
-  const Id dataset(H5Dcreate2(file_, matrix.name.c_str(), type, space, link, layout, H5P_DEFAULT), H5Dclose);
+  const Id dataset(H5Dcreate2(file_, matrix.name.c_str(), stored_type(matrix.dtype), space, link, layout, H5P_DEFAULT),
+                   H5Dclose);
   must(dataset >= 0 && put_text(dataset, format_attribute, name_of(matrix.dtype)) &&
            put_pair(dataset, whole_attribute, matrix.whole_rows, matrix.whole_cols) &&
            put_pair(dataset, first_attribute, matrix.first_row, matrix.first_col),
        path_, "write " + matrix.name);
-  std::vector<std::byte> bytes;
-  for_each_slab(matrix.dtype, {0, 0, matrix.rows, matrix.cols}, [&](const Slab& slab) {
-    bytes.resize(std::size_t(slab.rows * slab.cols) * size_of(matrix.dtype));
-    {
-      const Pause pause(turn);
-      fill(slab, bytes);
-    }
-    const Id memory(select(space, slab, slab.cols), H5Sclose);
-    must(H5Dwrite(dataset, type, memory, space, H5P_DEFAULT, bytes.data()) >= 0, path_, "write " + matrix.name);
-  });
   const auto size = std::uint64_t(matrix.rows * matrix.cols) * size_of(matrix.dtype);
   return {size == 0 ? 0 : std::uint64_t(H5Dget_offset(dataset)), size};
+}
+
+FileRange Hdf5Writer::write(const StoredMatrix& matrix, std::span<const std::byte> values) {
+  const FileRange range = make_dataset(matrix);
+  check(values.size() == range.bytes, path_, ": ", values.size(), " bytes for ", matrix.name, ", which has ",
+        range.bytes);
+  std::uint64_t at = range.offset;
+  while (!values.empty()) {
+    const ssize_t n = pwrite(descriptor_, values.data(), std::min(values.size(), most_at_once), off_t(at));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail(path_, ": cannot write ", matrix.name, ": ", std::strerror(errno));
+    // The disk begins at once rather than when the file is flushed; a wish, so it cannot fail.
+    sync_file_range(descriptor_, off_t(at), n, SYNC_FILE_RANGE_WRITE);
+    values = values.subspan(std::size_t(n));
+    at += std::uint64_t(n);
+  }
+  return range;
 }
 
 void Hdf5Writer::put_number(const char* name, std::int64_t value) {

@@ -1,10 +1,10 @@
 // Matrices in an HDF5 file, each one contiguous dataset.
-// Calls from several threads are fine: they take turns.
+// Calls from several threads are fine: they take turns with the library, but no turn waits for the values of a matrix
+// to be written.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -42,18 +42,20 @@ class Hdf5Writer {
   Hdf5Writer(const Hdf5Writer&) = delete;
   Hdf5Writer& operator=(const Hdf5Writer&) = delete;
 
-  // Called with slabs of at most 8 MB, in the order of the bytes in the file.
-  using Fill = std::function<void(const Slab& slab, std::span<std::byte> bytes)>;
-  // Returns where in the file the values lie.
-  FileRange write(const StoredMatrix& matrix, const Fill& fill);
+  // values: row-major. Returns where in the file they lie. The library makes the dataset; the values themselves go to
+  // their place in the file without it.
+  FileRange write(const StoredMatrix& matrix, std::span<const std::byte> values);
   // An attribute of the file.
   void put_number(const char* name, std::int64_t value);
   // To be called at the end; the values are on the disk when it returns.
   void close();
 
  private:
+  FileRange make_dataset(const StoredMatrix& matrix);
+
   std::string path_;
   std::int64_t file_ = -1;
+  int descriptor_ = -1;  // the library's own
 };
 
 class Hdf5Reader {

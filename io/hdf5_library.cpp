@@ -6,13 +6,15 @@
 
 namespace distill::hdf5 {
 
-// The first one to come also silences the library's own error messages and its handler at exit, which would wait for
-// ever for a file that a full disk keeps it from closing.
+// The first one to come also silences the library's handler at exit, which would wait for ever for a file that a full
+// disk keeps it from closing, and the first one of each thread its error messages: builds that are made for threads
+// keep a setting for each.
 std::unique_lock<std::mutex> take_turn() {
   static std::mutex mutex;
   std::unique_lock lock(mutex);
-  static const bool is_set_up = H5dont_atexit() >= 0 && H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
-  check(is_set_up, "HDF5 cannot be set up");
+  static const bool is_set_up = H5dont_atexit() >= 0;
+  thread_local const bool is_silent = H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
+  check(is_set_up && is_silent, "HDF5 cannot be set up");
   return lock;
 }
 

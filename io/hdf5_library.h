@@ -8,7 +8,7 @@
 
 namespace distill::hdf5 {
 
-// The library of Debian is not made for threads: every use of it holds this lock.
+// Most builds of the library are not made for threads: every use of it holds this lock.
 std::unique_lock<std::mutex> take_turn();
 
 // What the library says about its last failure, most specific first.

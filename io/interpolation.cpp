@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "core/error.h"
+#include "io/utf8.h"
 
 namespace distill {
 
@@ -170,7 +171,11 @@ const YamlNode& Interpolation::call(std::string_view resolver, std::string_view 
   const std::string name = evaluate_text(parts.front(), context);
   check_input(!name.empty() && parts.size() <= 2, context.where, ": ", path_of(context), ": ${oc.env:", arguments,
               "}: expected ${oc.env:NAME} or ${oc.env:NAME,default}");
-  if (const char* value = std::getenv(name.c_str())) return make(YamlNode::Kind::scalar, value, context);
+  if (const char* value = std::getenv(name.c_str())) {
+    check_input(is_utf8_text(value), context.where, ": ", path_of(context), ": the environment variable ", name,
+                " holds bytes that are no text: expected UTF-8");
+    return make(YamlNode::Kind::scalar, value, context);
+  }
   check_input(parts.size() == 2, context.where, ": ", path_of(context), ": the environment variable ", name,
               " is not set; ${oc.env:", name, ",default} gives it a default");
   std::string_view fallback = parts[1];

@@ -83,6 +83,7 @@ struct Unit {
 constexpr auto units = std::to_array<Unit>({
     {"student/loss_scale", ""},
     {"student/skipped_steps", "steps"},
+    {"student/outlier_steps", "steps"},
     {"train/step_train", "s"},
     {"train/epoch", "epochs"},
     {"system/samples", "samples"},

@@ -64,6 +64,15 @@ std::size_t valid_utf8_prefix(std::string_view text) {
   return at;
 }
 
+bool is_utf8_text(std::string_view bytes) {
+  if (valid_utf8_prefix(bytes) != bytes.size()) return false;
+  for (std::size_t at = 0; at < bytes.size(); at += utf8_length(bytes[at])) {
+    const char32_t c = code_point_at(bytes, at);
+    if ((c & 0xfffe) == 0xfffe || (c >= 0xfdd0 && c <= 0xfdef)) return false;
+  }
+  return true;
+}
+
 std::string replace_invalid_utf8(std::string_view bytes) {
   std::string text;
   text.reserve(bytes.size());

@@ -19,6 +19,9 @@ char32_t code_point_at(std::string_view text, std::size_t at);
 // Bytes at the start of `text` that are valid UTF-8 (all of them if it is valid). Surrogates are not.
 std::size_t valid_utf8_prefix(std::string_view text);
 
+// Valid UTF-8 without the code points that Unicode calls no characters (U+FFFE, U+FFFF, …): what a YAML file can hold.
+bool is_utf8_text(std::string_view bytes);
+
 // Each longest piece that could have started a character, and each other byte out of place, becomes one U+FFFD: the
 // rule of the Unicode standard that Python and Rust follow.
 std::string replace_invalid_utf8(std::string_view bytes);

@@ -1,10 +1,13 @@
 #include "io/yaml_tree.h"
 
+#include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
+#include <sstream>
 
 #include "core/error.h"
+#include "io/utf8.h"
 
 namespace distill {
 
@@ -24,6 +27,7 @@ class Importer {
     check_tag(source, where);
     YamlNode node(YamlNode::Kind::null, where);
     if (source.IsScalar()) {
+      check_text(source.Scalar(), where);
       node.kind = YamlNode::Kind::scalar;
       node.scalar = source.Scalar();
       node.is_quoted = source.Tag() == "!" || source.Tag() == text_tag;
@@ -44,6 +48,9 @@ class Importer {
  private:
   static constexpr std::string_view text_tag = "tag:yaml.org,2002:str";
 
+  static void check_text(const std::string& bytes, const std::string& where) {
+    check_input(is_utf8_text(bytes), where, ": holds bytes that are no text: expected UTF-8");
+  }
   static void check_tag(const YAML::Node& source, const std::string& where) {
     const std::string& tag = source.Tag();
     const bool is_standard = tag.empty() || tag == "?" || tag == "!" || tag.starts_with("tag:yaml.org,2002:");
@@ -57,6 +64,7 @@ class Importer {
       const std::string where = at(pair.first.Mark(), node.where);
       check_input(pair.first.IsScalar(), where, ": has a key that is no plain name");
       const std::string& key = pair.first.Scalar();
+      check_text(key, where);
       YamlNode value = import(pair.second, where, depth + 1);
       if (key == "<<" && pair.first.Tag() != "!") {
         collect_merged(merged, std::move(value));
@@ -86,17 +94,40 @@ class Importer {
   int nodes_ = 0;
 };
 
+// Takes a document and keeps nothing of it.
+class Skip final : public YAML::EventHandler {
+  void OnDocumentStart(const YAML::Mark&) override {}
+  void OnDocumentEnd() override {}
+  void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override {}
+  void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnSequenceEnd() override {}
+  void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnMapEnd() override {}
+};
+
+// Looks no further: YAML::LoadAll finds documents without end where one does not end as it should ("! ,").
+bool holds_two_documents(const std::string& content) {
+  std::istringstream stream(content);
+  YAML::Parser parser(stream);
+  Skip skip;
+  return parser.HandleNextDocument(skip) && parser.HandleNextDocument(skip);
+}
+
 YamlNode parse(const std::string& content, const std::string& name, bool has_lines) {
   Importer importer(name, has_lines);
-  std::vector<YAML::Node> documents;
+  YAML::Node document;
+  bool has_more = false;
   try {
-    documents = YAML::LoadAll(content);
+    has_more = holds_two_documents(content);
+    document = YAML::Load(content);
   } catch (const YAML::Exception& e) {
     fail_input(importer.at(e.mark, name), ": is not valid YAML: ", e.msg);
   }
-  check_input(documents.size() <= 1, name, ": holds ", documents.size(), " YAML documents: expected one");
-  if (documents.empty()) return YamlNode(YamlNode::Kind::null, name);
-  return importer.import(documents.front(), name, 0);
+  check_input(!has_more, name, ": holds more than one YAML document: expected one");
+  if (document.IsNull()) return YamlNode(YamlNode::Kind::null, name);
+  return importer.import(document, name, 0);
 }
 
 void set(YamlNode& target, YamlNode value) {

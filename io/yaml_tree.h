@@ -22,8 +22,8 @@ struct YamlNode {
   std::string where;                 // "x.yaml:12" or "command line 'key=value'"
   const YamlNode* parent = nullptr;  // set by link_parents
 
-  YamlNode() = default;
-  YamlNode(Kind k, std::string location) : kind(k), where(std::move(location)) {}
+  YamlNode();
+  YamlNode(Kind k, std::string location);
 
   const YamlNode* find(std::string_view key) const;
   YamlNode* find(std::string_view key);
@@ -33,6 +33,10 @@ struct YamlEntry {
   std::string key;
   YamlNode value;
 };
+
+// Here, where an entry is complete.
+inline YamlNode::YamlNode() = default;
+inline YamlNode::YamlNode(Kind k, std::string location) : kind(k), where(std::move(location)) {}
 
 // One document. `name` stands for the file in messages.
 YamlNode parse_yaml(const std::string& content, const std::string& name);

@@ -43,9 +43,10 @@ void check_counts(const std::vector<std::vector<int>>& by_node, std::span<const 
     const std::string where = is_one_node     ? ""
                               : hosts.empty() ? text(" on node ", node)
                                               : text(" on ", hosts[std::size_t(by_node[node].front())]);
-    check_input(count % roles == 0, ranks(count), where, " cannot be split into as many students as teachers: start ",
-                next_counts(count, unit), " ranks", where,
-                ", or set distill_loss_weight: 0 to train without a teacher on any number");
+    check_input(
+        count % roles == 0, ranks(count), where,
+        " cannot be split into as many students as teachers; distill_loss_weight: 0 trains without a teacher on "
+        "any number");
     check_input(count % (roles * tp) == 0, ranks(count), where, " cannot be cut into groups of tp_size ", tp,
                 roles == 2 ? " for students and for teachers" : "", " (a group stays inside a node): start ",
                 next_counts(count, unit), " ranks", where);
@@ -142,13 +143,14 @@ Seats seats_of(const Grid& grid, int rank, int kv_sharers) {
             pipeline = me.tp_rank + sizes.tp * me.dp_rank;
   const auto color = [&](int within_role) { return 2 * within_role + role; };
   const bool is_end = sizes.pp > 1 && (me.pp_rank == 0 || me.pp_rank == sizes.pp - 1),
-             has_partner = me.partner >= 0 && me.partner != rank;
+             ties = is_end && is_student(me.role),  // gradients of tied embeddings, which teachers do not have
+      has_partner = me.partner >= 0 && me.partner != rank;
   return {.role = {role, role_rank(sizes, me)},
           .tp = {color(block), me.tp_rank},
           .dp = {color(me.tp_rank + sizes.tp * me.pp_rank), me.dp_rank},
           .pp = {color(pipeline), me.pp_rank},
           .kv = {color(block * (sizes.tp / kv_sharers) + me.tp_rank / kv_sharers), me.tp_rank},
-          .tied = {is_end ? color(pipeline) : -1, me.pp_rank},
+          .tied = {ties ? color(pipeline) : -1, me.pp_rank},
           .partners = {has_partner ? std::min(me.partner, rank) : -1, role}};
 }
 
@@ -172,7 +174,7 @@ std::string describe_groups(const Grid& grid, const char* name, Seat Seats::*kin
 
 }  // namespace
 
-std::string describe(const Grid& grid, std::span<const std::string> hosts) {
+std::string describe(const Grid& grid, bool is_tied, std::span<const std::string> hosts) {
   std::ostringstream out;
   out << "grid: tp " << grid.sizes.tp << ", dp " << grid.sizes.dp << ", pp " << grid.sizes.pp << ", "
       << ranks(std::int64_t(grid.places.size())) << "\n";
@@ -185,7 +187,8 @@ std::string describe(const Grid& grid, std::span<const std::string> hosts) {
         << (r < hosts.size() ? hosts[r] : std::to_string(place.node)) << "\n";
   }
   out << describe_groups(grid, "tp groups", &Seats::tp) << describe_groups(grid, "dp groups", &Seats::dp)
-      << describe_groups(grid, "pp groups", &Seats::pp) << describe_groups(grid, "embedding groups", &Seats::tied);
+      << describe_groups(grid, "pp groups", &Seats::pp)
+      << (is_tied ? describe_groups(grid, "embedding groups", &Seats::tied) : "");
   return out.str();
 }
 

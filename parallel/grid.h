@@ -38,7 +38,7 @@ struct Grid {
 
 // nodes: the node of each rank, any numbers. tp and pp are given, dp follows: ranks of a role / (tp·pp). With a teacher
 // the first half of each node's ranks are students and the second half teachers. Grid order, fastest first: tp, dp, pp.
-// A count that does not fit is an input error that says what to start instead. hosts: the name of each rank's node for
+// A count that does not fit is an input error. hosts: the name of each rank's node for
 // that message, or empty.
 Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher, std::span<const std::string> hosts = {});
 
@@ -46,8 +46,9 @@ Grid make_grid(std::span<const int> nodes, int tp, int pp, bool has_teacher, std
 std::vector<int> nodes_of(const Communicator& world);
 std::vector<std::string> hosts_of(const Communicator& world);
 
-// A small table of it, a line per rank, and which ranks form its groups. hosts: by world rank, or empty.
-std::string describe(const Grid& grid, std::span<const std::string> hosts = {});
+// A small table of it, a line per rank, and which ranks form its groups. is_tied: the student's head is its embedding.
+// hosts: by world rank, or empty.
+std::string describe(const Grid& grid, bool is_tied, std::span<const std::string> hosts = {});
 
 // The groups that this rank takes part in. Every rank of world calls it, and all are split from world: where shared
 // memory runs out for one group, all ranks throw that one CommonError.
@@ -56,7 +57,7 @@ struct Groups {
   std::unique_ptr<Communicator> tp, dp;
   std::unique_ptr<Communicator> pp_forward, pp_backward;  // the same ranks, one for each direction
   std::unique_ptr<Communicator> kv;                       // tensor-parallel neighbours that share key/value heads
-  std::unique_ptr<Communicator> tied;      // first and last stage; null on others and where these are one
+  std::unique_ptr<Communicator> tied;      // a student's first and last stage; null on others and where these are one
   std::unique_ptr<Communicator> partners;  // a student and its teacher; null where there is one role
 
   void set_patience(const Patience& patience);  // of all of them

@@ -121,6 +121,11 @@ class NodeLives final : public Lives {
   void watch_nodes(std::chrono::milliseconds dead_after, Lost lost);
   // The same for the ranks of this node that have been silent for so long.
   void watch_neighbours(std::chrono::milliseconds dead_after, Lost lost);
+  // Returns when `lost` is not called any more.
+  void end_watch() {
+    watcher_.reset();
+    neighbour_watcher_.reset();
+  }
   std::string trouble(int world_rank, std::chrono::milliseconds dead_after) override;
   // Whether a rank of another node was found silent. Any thread.
   bool has_lost_far() const { return has_lost_far_; }

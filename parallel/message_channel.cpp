@@ -171,8 +171,11 @@ RingEnd open_ring(Communicator& pair, int other, Side side, const ChannelShape& 
   check(shapes[0] == shapes[1], "the logits channel between ", name_of(group->members()[0]), " and ",
         name_of(group->members()[1]), " has ", shapes[0], " on one side and ", shapes[1], " on the other");
   check(shape.positions > 0 && shape.columns > 0 && shape.slots > 0, "the logits channel: ", shape_text(shape));
-  // A reader waits while nobody asks it to; how long is too long is judged by those who need a chunk or a slot.
-  group->set_patience(pair.patience().while_alive());
+  // A reader waits while nobody asks it to; how long is too long is judged, and reported, by those who need a chunk or
+  // a slot.
+  Patience of_reader = pair.patience().while_alive();
+  of_reader.report = [](const std::string&) {};
+  group->set_patience(of_reader);
   return {std::make_unique<MessageRing>(std::move(group), side, shape, pair.patience()), shape, self, there,
           pair.patience()};
 }

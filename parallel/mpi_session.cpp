@@ -448,9 +448,10 @@ MpiSession::~MpiSession() {
       all->barrier();
     }
   } catch (const std::exception& error) {
-    std::cerr << text(error.what(), "\n");
+    std::cerr << text("distill: ", name_of(me()), ": ", error.what(), "\n");
     abort_all(int(ExitCode::peer_lost));
   }
+  if (state_->node->lives) state_->node->lives->end_watch();  // it uses the state
   state_.reset();
   MPI_Finalize();
 }

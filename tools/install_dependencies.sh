@@ -1,9 +1,9 @@
 #!/bin/sh
-# Installs the Debian packages that the build needs, and only those that are missing.
+# Installs the Debian packages that the build needs and those that are named, and only what is missing.
 set -eu
 packages="g++ cmake ninja-build ccache pkg-config openmpi-bin libopenmpi-dev libyaml-cpp-dev libcli11-dev libhdf5-dev catch2
-libdnnl-dev libhwy-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libxxhash-dev libboost-context-dev wordnet-base
-iproute2 util-linux"
+libdnnl-dev libhwy-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libxxhash-dev wordnet-base
+iproute2 util-linux $*"
 
 missing=""
 for package in $packages; do

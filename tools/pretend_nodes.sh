@@ -8,6 +8,7 @@
 #   pretend_nodes.sh on K COMMAND…                on node K, without mpirun
 #   pretend_nodes.sh kill K | restart K           power failure: all is gone in an instant, and nobody is told
 #   pretend_nodes.sh link K down|up               cable out, cable in
+# KEEPALIVE="TIME INTERVAL PROBES" in the environment of run: how mpirun watches its nodes (oob_tcp_keepalive_…).
 # A node is a set of Linux namespaces: host name node0, node1, …, address on a bridge, processes, IPC and /dev/shm are its
 # own; files are shared. mpirun runs in one more, "control". All of them live within the process space of control and have
 # no names outside it, so any number of clusters get along, and the end of control's first process, or of the script that
@@ -151,7 +152,7 @@ kill_node() {
   ip link delete "cable$1"
 }
 run() {
-  local each=$1 k=0 slots total=0
+  local each=$1 k=0 slots total=0 keepalive
   shift
   : >"$dir/mpi_hosts"
   while [ -e "$dir/node.$k" ]; do
@@ -163,12 +164,14 @@ run() {
   mkdir -p "$dir/session"
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
   # Ranks share the cores (mpi_yield_when_idle, bind-to). Process ids repeat between clusters: the session is their own.
-  # mpirun ends 6 to 7 s after the loss of a node: later than ranks whose peer_dead_after is 3 s say so, and before they
-  # abort, which would make it wait for the lost node.
+  # Without KEEPALIVE mpirun sees the loss of a node after 5 to 6 s: later than ranks whose peer_dead_after is 3 s say so,
+  # and before they abort, which would make it wait for the lost node. (The first probe is an interval late.)
+  read -ra keepalive <<<"${KEEPALIVE:-1 1 5}"
   exec mpirun -np "$total" --hostfile "$dir/mpi_hosts" --bind-to none --mca mpi_yield_when_idle 1 \
     --mca plm rsh --mca plm_rsh_agent "$self _rsh" --mca plm_rsh_no_tree_spawn 1 --mca orte_tmpdir_base "$dir/session" \
     --mca btl self,vader,tcp --mca btl_tcp_if_include $net.0/24 --mca oob_tcp_if_include $net.0/24 \
-    --mca oob_tcp_keepalive_time 1 --mca oob_tcp_keepalive_intvl 3 --mca oob_tcp_keepalive_probes 2 "$@"
+    --mca oob_tcp_keepalive_time "${keepalive[0]}" --mca oob_tcp_keepalive_intvl "${keepalive[1]}" \
+    --mca oob_tcp_keepalive_probes "${keepalive[2]}" "$@"
 }
 # As ssh: HOST and words for a shell.
 rsh() {

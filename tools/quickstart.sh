@@ -1,6 +1,7 @@
 #!/bin/sh
 # From a fresh Debian 12 to a distilled student: installs what is missing, builds, makes question/answer records from WordNet,
-# trains a small teacher, distils it into a student on two MPI ranks, trains the same student without the teacher, compares.
+# trains a small teacher, distils it into a student on two MPI ranks (killed half-way and started again), trains the same
+# student without the teacher, compares.
 # Everything it writes is in build/release and output/.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,9 +12,10 @@ started=$(date +%s)
 
 title() { printf '\n== %s\n' "$*"; }
 
-# Last value of a column of a metrics file.
-last() {
-  awk -F, -v name="$2" 'NR == 1 { for (i = 1; i <= NF; ++i) if ($i == name) at = i } NR > 1 && $at != "" { value = $at } END { print value }' "$1"
+# Last value of a column of a metrics file, or its value at a step.
+value() {
+  awk -F, -v name="$2" -v step="${3-}" 'NR == 1 { for (i = 1; i <= NF; ++i) if ($i == name) at = i }
+    NR > 1 && $at != "" && (step == "" || $1 == step) { value = $at } END { print value }' "$1"
 }
 
 title "dependencies and build"
@@ -27,22 +29,37 @@ mkdir -p output/wordnet
 tools/make_wordnet_data.pl --out output/wordnet
 
 title "step 1 of 3: a teacher from scratch (one rank, no teacher of its own)"
-rm -rf output/wordnet-teacher output/wordnet-student output/wordnet-student-alone
+for name in teacher student student-alone; do rm -rf "output/wordnet-$name" "output/logs/wordnet-$name"; done
 "$distill" --config configs/wordnet_teacher.yaml
 
-title "step 2 of 3: distillation (two MPI ranks: one student, one teacher)"
+title "step 2 of 3: distillation (two MPI ranks: one student, one teacher), killed after step 250"
+metrics=output/logs/wordnet-student/metrics.csv
+mpirun -np 2 --oversubscribe --bind-to none "$distill" --config configs/wordnet_distill.yaml &
+run=$!
+until [ "$(value "$metrics" step 2>/dev/null)" = 250 ] || ! kill -0 "$run" 2>/dev/null; do sleep 0.1; done
+# shellcheck disable=SC2046  # a list of ranks
+kill -9 "$run" $(cat "/proc/$run/task/$run/children")
+wait "$run" 2>/dev/null || true
+before=$(value "$metrics" train/loss 250)
+echo "killed with kill -9"
+title "step 2, the same command again: it goes on from the newest checkpoint"
 mpirun -np 2 --oversubscribe --bind-to none "$distill" --config configs/wordnet_distill.yaml
 
 title "step 3 of 3: the same student without the teacher (same steps, same seed)"
 "$distill" --config configs/wordnet_distill.yaml exp_name=wordnet-student-alone distill_loss_weight=0
 
 title "result"
-teacher=$(last output/logs/wordnet-teacher/metrics.csv student/val_loss)
-with=$(last output/logs/wordnet-student/metrics.csv student/val_loss)
-without=$(last output/logs/wordnet-student-alone/metrics.csv student/val_loss)
+"$distill" metrics wordnet-student logging_dir=output/logs --plot train/loss
+"$distill" inspect output/wordnet-student
+teacher=$(value output/logs/wordnet-teacher/metrics.csv student/val_loss)
+with=$(value "$metrics" student/val_loss)
+without=$(value output/logs/wordnet-student-alone/metrics.csv student/val_loss)
 finished=$(date +%s)
 echo "time: $((built - started)) s to install and build, $((finished - built)) s to train"
-echo "student: output/wordnet-student/export (a Hugging Face folder); metrics: output/logs/wordnet-student/metrics.csv"
+echo "student: output/wordnet-student/export (a Hugging Face folder); metrics: $metrics"
+after=$(value "$metrics" train/loss 250)
+[ "$before" = "$after" ] || { echo "quickstart.sh: the loss of step 250 was $before, and $after after the resume" >&2; exit 1; }
+echo "loss of step 250: $before before the kill and after the resume, which repeated steps 201 to 250: the same curve"
 awk -v t="$teacher" -v w="$with" -v o="$without" 'BEGIN {
   printf "validation loss in nats per token: teacher %.4f, student with the teacher %.4f, without %.4f: ", t, w, o
   gain = o - w

@@ -43,8 +43,12 @@ class CheckpointStore {
   CheckpointStore(const CheckpointStore&) = delete;
   CheckpointStore& operator=(const CheckpointStore&) = delete;
 
-  // Throws on every rank where it fails on one; then this checkpoint does not exist and older ones are untouched.
+  // Returns once the state is copied to host memory, which waits for the checkpoint before; it is written meanwhile.
+  // Where that fails on one rank it fails on all, which is reported: this checkpoint does not exist and older ones are
+  // untouched. Throws only where a rank was lost.
   virtual void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) = 0;
+  // Waits until what was saved last is on the disk. Throws on every rank where it could not be written.
+  virtual void finish() = 0;
   // The newest good checkpoint of this run; those passed over are reported.
   virtual std::optional<std::string> newest() = 0;
   // Whatever parts the ranks need, and whichever they had when it was saved: together the saved ones cover the needed

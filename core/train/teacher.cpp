@@ -78,18 +78,23 @@ TeacherLoop::TeacherLoop(Device& device, Teacher& teacher, const DataSource& dat
 
 namespace {
 
-// The micro-batches of a range of steps, one after the other.
+// The micro-batches of a range of steps and of the validations between them, in the order of the student's forwards.
 class MicroBatches {
  public:
-  MicroBatches(const DataSource& data, std::int64_t first_step, std::int64_t last_step)
-      : data_(data), next_step_(first_step), last_step_(last_step) {}
+  MicroBatches(const DataSource& data, std::int64_t first_step, std::int64_t last_step, const Validation& validation)
+      : data_(data), validation_(validation), next_step_(first_step), last_step_(last_step) {}
 
   // Null at the end.
   std::shared_ptr<const MicroBatch> next() {
     while (ready_.empty()) {
-      if (next_step_ >= last_step_) return nullptr;
-      for (MicroBatch& micro : data_.step(next_step_++).micro)
-        ready_.push_back(std::make_shared<const MicroBatch>(std::move(micro)));
+      if (validation_left_ > 0) {
+        take(validation_.data->step(validation_.data->steps_per_epoch() - validation_left_--));
+      } else if (next_step_ < last_step_) {
+        take(data_.step(next_step_++));
+        if (validation_.is_due(next_step_)) validation_left_ = validation_.data->steps_per_epoch();
+      } else {
+        return nullptr;
+      }
     }
     const auto micro = ready_.front();
     ready_.pop_front();
@@ -97,15 +102,21 @@ class MicroBatches {
   }
 
  private:
+  void take(StepBatch batch) {
+    for (MicroBatch& micro : batch.micro) ready_.push_back(std::make_shared<const MicroBatch>(std::move(micro)));
+  }
+
   const DataSource& data_;
+  Validation validation_;
   std::int64_t next_step_, last_step_;
+  std::int64_t validation_left_ = 0;  // batches of the validation under way
   std::deque<std::shared_ptr<const MicroBatch>> ready_;
 };
 
 }  // namespace
 
-void TeacherLoop::run(std::int64_t first_step, std::int64_t last_step) {
-  MicroBatches all(data_, first_step, last_step);
+void TeacherLoop::run(std::int64_t first_step, std::int64_t last_step, const Validation& validation) {
+  MicroBatches all(data_, first_step, last_step, validation);
   std::shared_ptr<const MicroBatch> micro = all.next(), next;
   expect(micro.get(), 0);
   for (int m = 0; micro; ++m, micro = std::move(next)) {

@@ -9,6 +9,7 @@
 #include "core/train/logits_channel.h"
 #include "core/train/payload_choice.h"
 #include "core/train/pipeline.h"
+#include "core/train/validation.h"
 
 namespace distill {
 
@@ -74,15 +75,16 @@ class HiddenTeacherSource : public TeacherSource {
   Tensor head_, logits_;  // [columns, H], [chunk, columns]
 };
 
-// The whole job of a teacher rank: the forward of steps [first_step, last_step), as a stage of its pipeline; the last
-// stage puts logits or hidden states into the channel. Ends early when the student closes the channel: tensor-parallel
-// ranks agree on that before every micro-batch, and a stage starts one only when the next stage has asked for it.
+// The whole job of a teacher rank: the forward of steps [first_step, last_step) and of the validations between them, as
+// a stage of its pipeline; the last stage puts logits or hidden states into the channel. Ends early when the student
+// closes the channel: tensor-parallel ranks agree on that before every micro-batch, and a stage starts one only when
+// the next stage has asked for it.
 class TeacherLoop {
  public:
   // sink: null on all but the last stage.
   TeacherLoop(Device& device, Teacher& teacher, const DataSource& data, LogitsSink* sink, std::int64_t chunk,
               Payload payload, Communicator& pp_forward, Communicator& pp_backward);
-  void run(std::int64_t first_step, std::int64_t last_step);
+  void run(std::int64_t first_step, std::int64_t last_step, const Validation& validation = {});
 
  private:
   bool is_wanted();

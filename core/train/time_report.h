@@ -12,8 +12,8 @@ namespace distill {
 // with.
 double measure_peak_flops(Device& device, DType dtype);
 
-// A table: phases of the step, then the device's operations by time, with the rate of matrix products and its share of
-// `peak_flops` (0: unknown).
+// A table: phases of the step, means over the student ranks, then the operations of this rank's device by time, with
+// the rate of matrix products and its share of `peak_flops` (0: unknown).
 std::string time_report(const StepTimes& times, std::int64_t steps, const Device& device, double peak_flops);
 
 }  // namespace distill

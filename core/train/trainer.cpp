@@ -10,11 +10,6 @@ namespace distill {
 
 namespace {
 
-LossSpec cross_entropy_only(LossSpec spec) {
-  spec.distill_weight = 0;
-  return spec;
-}
-
 // (query, key) pairs of causal attention over packed sequences.
 double attention_pairs(const MicroBatch& batch) {
   double pairs = 0;
@@ -25,13 +20,14 @@ double attention_pairs(const MicroBatch& batch) {
   return pairs;
 }
 
-// The step takes as long on every rank; what it was spent on differs. Only ranks of the last stage have a teacher.
+// The step takes as long on every rank; what it was spent on differs. Only ranks of the last stage have a teacher that
+// waits for them, and that wait is beside the step: its mean is over those.
 void average_over_ranks(StepTimes& times, Communicator& ranks, int stages) {
   std::array<double, 12> sums{};
   for (std::size_t i = 0; i < sums.size(); ++i) sums[i] = *times.all()[i];
   ranks.all_reduce(sums);
   for (std::size_t i = 0; i < sums.size(); ++i) *times.all()[i] = sums[i] / ranks.size();
-  for (double* wait : {&times.teacher, &times.student_wait}) *wait *= stages;
+  times.student_wait *= stages;
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
@@ -46,7 +42,11 @@ std::vector<std::string> metric_names() {
           "student/lr",
           "student/loss_scale",
           "student/skipped_steps",
+          "student/outlier_steps",
           "student/val_loss",
+          "student/val_distill_loss",
+          "student/val_perplexity",
+          "student/val_top1_agreement",
           "distill/student_entropy",
           "distill/teacher_entropy",
           "distill/top1_agreement",
@@ -89,34 +89,38 @@ Trainer::Trainer(Device& device, Transformer& student, Optimizer& optimizer, Gra
       sync_(sync),
       teacher_(teacher),
       data_(data),
-      validation_(validation),
+      validation_{validation, options.eval_steps, options.total_steps},
       groups_(groups),
       links_(groups.pp_forward, groups.pp_backward),
       options_(options),
       hooks_(std::move(hooks)),
-      loss_scale_(student.dtype() == DType::f16) {
+      loss_scale_(student.dtype() == DType::f16),
+      recent_losses_(std::size_t(options.outlier_window)),
+      recent_gradient_norms_(std::size_t(options.outlier_window)) {
   const std::int64_t tokens = std::max(data.most_tokens(), validation ? validation->most_tokens() : 0),
                      supervised = std::max(data.most_supervised(), validation ? validation->most_supervised() : 0);
   for (int i = 0; i < most_in_flight(links_.stages(), links_.stage(), options.micro_batches); ++i)
     batches_.emplace_back(device, tokens, supervised);
   if (!links_.is_last()) return;
-  head_loss_.emplace(device, student, options_.loss, options_.logits_chunk, data.most_supervised(),
-                     &student.tp().group());
-  if (validation_)
-    validation_head_.emplace(device, student, cross_entropy_only(options_.loss), options_.logits_chunk,
-                             validation_->most_supervised(), &student.tp().group());
+  head_loss_.emplace(device, student, options_.loss, options_.logits_chunk, supervised, &student.tp().group());
 }
 
 Trainer::End Trainer::run(TrainState& state) {
   nonfinite_in_a_row_ = state.nonfinite_in_a_row;
   if (state.loss_scale > 0) loss_scale_.restore(state.loss_scale, state.loss_scale_good_steps);
   optimizer_.set_updates(state.optimizer_updates);
+  recent_losses_.restore(state.recent_losses);
+  recent_gradient_norms_.restore(state.recent_gradient_norms);
   const auto due = [&](std::int64_t period) { return period > 0 && state.step % period == 0; };
   std::int64_t saved = state.step;
   const auto save = [&] {
     const Stopwatch watch(device_, times_.checkpoint);
     if (hooks_.save && saved != state.step) hooks_.save(state);
     saved = state.step;
+  };
+  const auto finish_saves = [&] {
+    const Stopwatch watch(device_, times_.checkpoint);
+    if (hooks_.finish_saves) hooks_.finish_saves();
   };
   double checkpoints_reported = 0;
   while (state.step < options_.total_steps) {
@@ -125,8 +129,11 @@ Trainer::End Trainer::run(TrainState& state) {
       const Stopwatch total(device_, result.times.total);
       run_step(state.step, result);
     }
-    times_ += result.times;
+    const bool is_outlier = !result.outlier.empty(),
+               stops = is_outlier && options_.outlier_action == OutlierAction::stop;
+    if (stops) save();  // the state before the step, which has changed nothing
     average_over_ranks(result.times, groups_.students, links_.stages());
+    times_ += result.times;
     const double peak_memory = groups_.students.all_reduce(device_.peak_memory(), Reduce::max);
     ++steps_run_;
     ++state.step;
@@ -136,30 +143,56 @@ Trainer::End Trainer::run(TrainState& state) {
     state.loss_scale_good_steps = loss_scale_.good_steps();
     state.nonfinite_in_a_row = nonfinite_in_a_row_;
     state.optimizer_updates = optimizer_.updates();
+    state.validation_loss.reset();
+    state.outlier_steps += is_outlier;
+    state.recent_losses = recent_losses_.values();
+    state.recent_gradient_norms = recent_gradient_norms_.values();
 
-    const bool last = state.step == options_.total_steps, validate = validation_ && (due(options_.eval_steps) || last);
+    const bool last = state.step == options_.total_steps, validate = validation_.is_due(state.step);
     MetricRecord metrics = record(state, result);
-    // Of the checkpoints since the step before.
+    // Of all checkpoints since the last report.
     metrics.values.emplace_back("time/checkpoint_stall", times_.checkpoint - checkpoints_reported);
-    checkpoints_reported = times_.checkpoint;
     metrics.values.emplace_back("memory/peak", peak_memory);
     if (validate) {
       const Stopwatch watch(device_, times_.validation);
-      metrics.values.emplace_back("student/val_loss", validation_loss());
+      const double loss = add_validation(metrics);
+      if (std::isfinite(loss)) state.validation_loss = loss;
     }
-    if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) hooks_.report(metrics);
-    if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps)
-      throw CommonError(ExitCode::non_finite, text("loss or gradient norm was not finite in ", nonfinite_in_a_row_,
-                                                   " steps in a row, the last of them step ", state.step,
-                                                   " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
-                                                   "); the weights are those before the first of them"));
+    if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) {
+      hooks_.report(metrics);
+      checkpoints_reported = times_.checkpoint;
+    }
+    if (stops) {
+      finish_saves();
+      throw CommonError(
+          ExitCode::non_finite,
+          text("step ", state.step, ": ", result.outlier, " (outlier_action: stop); the state after step ",
+               state.step - 1,
+               " is saved, and resume_from_checkpoint=true goes on from it with outlier_action=skip or warn"));
+    }
+    if (is_outlier && hooks_.warn)
+      hooks_.warn(text("step ", state.step, ": ", result.outlier, result.applied ? "" : "; the step is skipped"));
+    if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps) {
+      try {
+        finish_saves();
+      } catch (const Error&) {  // has been reported, and is not why the run ends
+      }
+      throw CommonError(ExitCode::non_finite,
+                        text("loss or gradient norm was not finite ",
+                             options_.outlier_action == OutlierAction::skip ? "or an outlier " : "", "in ",
+                             nonfinite_in_a_row_, " steps in a row, the last of them step ", state.step,
+                             " (max_nonfinite_steps: ", options_.max_nonfinite_steps,
+                             "); the weights are those before the first of them"));
+    }
     if (due(options_.save_steps)) save();
     if (!last && hooks_.stop_requested && hooks_.stop_requested()) {
       save();
+      finish_saves();
       return End::stopped;
     }
   }
   save();
+  finish_saves();
   return End::finished;
 }
 
@@ -248,31 +281,60 @@ void Trainer::sum_over_last_stages(std::span<double> values) {
   groups_.students.all_reduce(values);
 }
 
-// Clips and updates, unless loss or gradient is not finite: then nothing changes but the loss scale.
+double Trainer::loss(const StepResult& result) const {
+  const double w = options_.loss.distill_weight, ce = result.sums[LossTerms::cross_entropy];
+  return w == 0 ? ce : (1 - w) * ce + w * result.sums[LossTerms::divergence];
+}
+
+// Clips and updates, unless loss or gradient is not finite, then nothing changes but the loss scale, or an outlier that
+// is not to be used. All ranks know the same sums, so all decide the same.
 void Trainer::apply(StepResult& result) {
   result.gradient_norm =
       std::sqrt(groups_.students.all_reduce(optimizer_.squared_norm(student_.gradients(), loss_scale_.value())));
   const bool finite = std::isfinite(result.gradient_norm) && std::isfinite(result.sums[LossTerms::cross_entropy]) &&
                       std::isfinite(result.sums[LossTerms::divergence]);
   if (finite) {
-    optimizer_.step(student_.gradients(), result.lr, result.gradient_norm, loss_scale_.value());
-    sync_.share_values();
-    loss_scale_.count_good_step();
-    nonfinite_in_a_row_ = 0;
-    result.applied = true;
+    result.outlier = outlier(result);
+    if (result.outlier.empty() || options_.outlier_action == OutlierAction::warn) return update(result);
   } else if (loss_scale_.can_shrink()) {
-    loss_scale_.shrink();
-  } else {
-    ++nonfinite_in_a_row_;
+    return loss_scale_.shrink();
   }
+  ++nonfinite_in_a_row_;
 }
 
-double Trainer::validation_loss() {
-  const std::int64_t steps = validation_->steps_per_epoch();
-  std::array<double, 2> sums{};  // cross-entropy, positions
+void Trainer::update(StepResult& result) {
+  optimizer_.step(student_.gradients(), result.lr, result.gradient_norm, loss_scale_.value());
+  sync_.share_values();
+  loss_scale_.count_good_step();
+  nonfinite_in_a_row_ = 0;
+  result.applied = true;
+  if (options_.outlier_action == OutlierAction::off) return;
+  recent_losses_.accept(loss(result));
+  recent_gradient_norms_.accept(result.gradient_norm);
+}
+
+std::string Trainer::outlier(const StepResult& result) const {
+  if (options_.outlier_action == OutlierAction::off) return "";
+  std::string found;
+  const auto judge = [&](const char* name, double value, const OutlierWindow& before) {
+    const double z = before.zscore(value);
+    if (z > options_.outlier_zscore)
+      found +=
+          text(found.empty() ? "" : ", and ", name, ' ', value, " is an outlier: z-score ", z, ", mean ", before.mean(),
+               " and standard deviation ", before.deviation(), " of the ", options_.outlier_window, " steps before");
+  };
+  judge("the loss", loss(result), recent_losses_);
+  judge("the gradient norm", result.gradient_norm, recent_gradient_norms_);
+  return found;
+}
+
+LossSums Trainer::validate() {
+  const DataSource& data = *validation_.data;
+  const std::int64_t steps = data.steps_per_epoch();
+  double positions = 0;
   int m = 0;
   // A rank may have no part in the last batch. What comes next is known early, so that it can be received meanwhile.
-  std::vector<MicroBatch> micro = validation_->step(0).micro, next;
+  std::vector<MicroBatch> micro = data.step(0).micro, next;
   const auto expect = [&](const std::vector<MicroBatch>& batch, int number) {
     if (!batch.empty()) links_.expect_input(student_.stage_input(std::int64_t(batch.front().tokens.size()), number));
   };
@@ -280,21 +342,38 @@ double Trainer::validation_loss() {
   for (std::int64_t step = 0; step < steps && !micro.empty(); ++step, ++m, micro = std::move(next)) {
     check(micro.size() == 1, "validation in ", micro.size(), " micro-batches a step");
     next.clear();
-    if (step + 1 < steps) next = validation_->step(step + 1).micro;
+    if (step + 1 < steps) next = data.step(step + 1).micro;
     links_.receive_input();
     expect(next, m + 1);
     BatchOnDevice& batch = batches_[std::size_t(m) % batches_.size()];
     batch.upload(micro.front());
     const View out = student_.forward(batch.batch(), m);
     links_.send_output(out, batches_.size() - 1);
-    if (validation_head_) validation_head_->forward(out, batch.labels(), nullptr);
-    sums[1] += double(micro.front().supervised.size());
+    if (head_loss_) {
+      if (teacher_) teacher_->begin(micro.front());
+      head_loss_->forward(out, batch.labels(), teacher_);
+    }
+    positions += double(micro.front().supervised.size());
   }
   links_.finish();
   links_.take_seconds_waited();  // is no part of a step
-  if (validation_head_) sums[0] = validation_head_->take_sums()[LossTerms::cross_entropy];
-  sum_over_last_stages(sums);
-  return sums[0] / std::max(sums[1], 1.0);
+  LossSums means{};
+  if (head_loss_) means = head_loss_->take_sums();
+  sum_over_last_stages(means);
+  sum_over_last_stages({&positions, 1});
+  for (double& mean : means) mean /= std::max(positions, 1.0);
+  return means;
+}
+
+double Trainer::add_validation(MetricRecord& metrics) {
+  const LossSums means = validate();
+  const double loss = means[LossTerms::cross_entropy];
+  metrics.values.emplace_back("student/val_loss", loss);
+  metrics.values.emplace_back("student/val_perplexity", std::exp(loss));
+  if (options_.loss.distill_weight == 0) return loss;
+  metrics.values.emplace_back("student/val_distill_loss", means[LossTerms::divergence]);
+  metrics.values.emplace_back("student/val_top1_agreement", means[LossTerms::top1_agreement]);
+  return loss;
 }
 
 MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const {
@@ -305,13 +384,14 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
       options_.flops_per_token * double(r.batch.global_tokens) + options_.flops_per_pair * r.pairs * groups_.dp.size();
   MetricRecord m{.step = state.step, .wall_time = now(), .values = {}};
   const auto add = [&](const char* name, double value) { m.values.emplace_back(name, value); };
-  add("train/loss", w == 0 ? ce : (1 - w) * ce + w * kd);
+  add("train/loss", loss(r));
   if (w != 0) add("train/train_distill_loss", kd);
   add("train/train_student_loss", ce);
   add("student/grad_norm", r.gradient_norm);
   add("student/lr", r.lr);
   if (student_.dtype() == DType::f16) add("student/loss_scale", state.loss_scale);
   add("student/skipped_steps", double(state.step - state.optimizer_updates));
+  if (options_.outlier_action != OutlierAction::off) add("student/outlier_steps", double(state.outlier_steps));
   add("distill/student_entropy", r.sums[LossTerms::student_entropy]);
   if (w != 0) {
     add("distill/teacher_entropy", r.sums[LossTerms::teacher_entropy]);
@@ -330,7 +410,7 @@ MetricRecord Trainer::record(const TrainState& state, const StepResult& r) const
   if (links_.stages() > 1) add("system/pipeline_bubble", r.times.pipeline / r.times.total);
   if (w != 0) add("system/channel_bytes", double(r.channel_bytes));
   add("time/data_wait", r.times.data);
-  add("time/teacher_wait", r.times.teacher);
+  add("time/teacher_wait", r.times.teacher * links_.stages());  // the mean over ranks that have a teacher
   if (w != 0) add("time/student_wait", r.times.student_wait);
   if (links_.stages() > 1) add("time/pipeline_bubble", r.times.pipeline);
   add("time/forward", r.times.forward);

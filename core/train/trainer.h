@@ -15,8 +15,10 @@
 #include "core/train/batch_on_device.h"
 #include "core/train/gradient_sync.h"
 #include "core/train/metrics.h"
+#include "core/train/outlier.h"
 #include "core/train/pipeline.h"
 #include "core/train/train_state.h"
+#include "core/train/validation.h"
 
 namespace distill {
 
@@ -29,6 +31,9 @@ struct TrainerOptions {
   LossSpec loss;
   std::int64_t logits_chunk = 512;
   int max_nonfinite_steps = 5;
+  OutlierAction outlier_action = OutlierAction::off;
+  int outlier_window = 100;    // steps
+  double outlier_zscore = 6;   // above which a loss or gradient norm is an outlier
   double flops_per_token = 0;  // of both roles, without attention scores
   double flops_per_pair = 0;   // of both roles, per (query, key) pair of causal attention
   double peak_flops = 0;       // per second and rank, for MFU
@@ -38,17 +43,19 @@ struct TrainerOptions {
 
 // What the loop calls on; every member is optional but must be callable when given.
 struct TrainerHooks {
-  std::function<void(const MetricRecord&)> report;  // every logging_steps and whenever there is a validation
-  std::function<void(const TrainState&)> save;      // every save_steps and at the end
-  std::function<bool()> stop_requested;             // asked between steps, agreed among ranks
+  std::function<void(const MetricRecord&)> report;    // every logging_steps and whenever there is a validation
+  std::function<void(const TrainState&)> save;        // every save_steps and at the end
+  std::function<void()> finish_saves = {};            // waits until what was saved is kept; before run() ends
+  std::function<bool()> stop_requested;               // asked between steps, agreed among ranks
+  std::function<void(const std::string&)> warn = {};  // on every rank
 };
 
 // Names of all metrics a run can report, in the order of its CSV columns.
 std::vector<std::string> metric_names();
 
-// Where the time of one or more steps went, seconds. As metrics, time/…, they are means over the student ranks;
-// time/teacher_wait (for logits) and time/student_wait (of the teacher for a free slot) over those that have a teacher,
-// which are the last stages.
+// Where the time of one or more steps went, seconds. As metrics, time/…, and in Trainer::times() they are means over
+// the student ranks, but validation and checkpoint are of this rank; time/teacher_wait (for logits) and
+// time/student_wait (of the teacher for a free slot) over those that have a teacher, which are the last stages.
 struct StepTimes {
   double data = 0, teacher = 0, pipeline = 0, forward = 0, loss = 0, backward = 0, reduce = 0, optimizer = 0, total = 0;
   double student_wait = 0;                // of the teacher, meanwhile
@@ -77,11 +84,13 @@ class Trainer {
           const DataSource& data, const DataSource* validation, const StudentGroups& groups, TrainerOptions options,
           TrainerHooks hooks);
 
-  // Steps [state.step, total_steps). Throws Error(non_finite) after max_nonfinite_steps in a row.
+  // Steps [state.step, total_steps). Throws Error(non_finite) after max_nonfinite_steps in a row, and at an outlier
+  // that is to stop the run, once the state before that step is saved.
   End run(TrainState& state);
 
-  // Mean cross-entropy over the supervised positions of a data set, all ranks together, nats.
-  double validation_loss();
+  // Means of the loss terms over the supervised positions of the validation data, all ranks together; those that need a
+  // teacher are 0 without one.
+  LossSums validate();
 
   // Of all steps so far in this process, and how many they are.
   const StepTimes& times() const { return times_; }
@@ -92,6 +101,7 @@ class Trainer {
     LossSums sums{};  // over all ranks
     double gradient_norm = 0, lr = 0;
     bool applied = false;
+    std::string outlier;  // what stood out; empty: nothing
     StepBatch batch;
     double pairs = 0;                // (query, key) pairs of this rank's micro-batches
     StepTimes times;                 // of this rank, then means over all
@@ -104,7 +114,12 @@ class Trainer {
   // Of what the last stages know: sums over its ranks that count, on every rank.
   void sum_over_last_stages(std::span<double> values);
   bool counts_loss() const { return links_.is_last() && student_.tp().rank() == 0; }
+  double loss(const StepResult& result) const;
   void apply(StepResult& result);
+  // Returns the cross-entropy.
+  double add_validation(MetricRecord& metrics);
+  void update(StepResult& result);
+  std::string outlier(const StepResult& result) const;
   MetricRecord record(const TrainState& state, const StepResult& result) const;
 
   Device& device_;
@@ -113,16 +128,17 @@ class Trainer {
   GradientSync& sync_;
   TeacherSource* teacher_;
   const DataSource& data_;
-  const DataSource* validation_;
+  Validation validation_;
   StudentGroups groups_;
   PipelineLinks links_;
   TrainerOptions options_;
   TrainerHooks hooks_;
   LossScale loss_scale_;
-  std::vector<BatchOnDevice> batches_;                   // one a micro-batch in flight
-  std::optional<HeadLoss> head_loss_, validation_head_;  // last stage
+  std::vector<BatchOnDevice> batches_;  // one a micro-batch in flight
+  std::optional<HeadLoss> head_loss_;   // last stage
   ConstView dhidden_;
   int nonfinite_in_a_row_ = 0;
+  OutlierWindow recent_losses_, recent_gradient_norms_;
   StepTimes times_;
   std::int64_t steps_run_ = 0;
 };

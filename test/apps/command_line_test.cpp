@@ -2,8 +2,8 @@
 
 #include <catch2/catch.hpp>
 
-#include "core/error.h"
 #include "io/config_file.h"
+#include "test/support/refusal.h"
 
 using namespace distill;
 
@@ -15,14 +15,8 @@ CommandLine parse(const Words& words) {
   return parse_command_line(words, [] { return std::string("distill 9.9"); });
 }
 
-std::string error_of(const Words& words) {
-  try {
-    parse(words);
-  } catch (const Error& e) {
-    CHECK(e.code() == ExitCode::bad_input);
-    return e.what();
-  }
-  return "no error";
+std::string refused(const Words& words) {
+  return test::refusal("", [&] { parse(words); });
 }
 
 }  // namespace
@@ -80,16 +74,16 @@ TEST_CASE("commands on files take positional arguments and no configuration") {
   CHECK(parse({"export", "a", "b"}).model.empty());
   CHECK_THAT(parse({"export", "--help"}).output, Catch::Contains("CHECKPOINT") && Catch::Contains("--model FOLDER"));
 
-  CHECK(error_of({"inspect"}) == "command line: PATH is required; see distill --help");
-  CHECK(error_of({"export", "a"}) == "command line: OUT is required; see distill --help");
-  CHECK(error_of({"inspect", "a", "b"}) == "'distill inspect' takes no 'b': distill inspect --help");
-  CHECK(error_of({"inspect", "a", "--config", "x.yaml"}) ==
+  CHECK(refused({"inspect"}) == "command line: PATH is required; see distill --help");
+  CHECK(refused({"export", "a"}) == "command line: OUT is required; see distill --help");
+  CHECK(refused({"inspect", "a", "b"}) == "'distill inspect' takes no 'b': distill inspect --help");
+  CHECK(refused({"inspect", "a", "--config", "x.yaml"}) ==
         "'distill inspect' takes no configuration: distill inspect --help");
-  CHECK(error_of({"export", "a", "b", "--max-time", "1h"}) ==
+  CHECK(refused({"export", "a", "b", "--max-time", "1h"}) ==
         "'distill export' takes no --max-time: distill export --help");
-  CHECK(error_of({"export", "a", "b", "--tensors"}) == "option '--tensors' belongs to 'distill inspect'");
-  CHECK(error_of({"inspekt", "a"}) == "unknown command 'inspekt': did you mean 'inspect'?");
-  CHECK(error_of({"exprot", "a", "b"}) == "unknown command 'exprot': did you mean 'export'?");
+  CHECK(refused({"export", "a", "b", "--tensors"}) == "option '--tensors' belongs to 'distill inspect'");
+  CHECK(refused({"inspekt", "a"}) == "unknown command 'inspekt': did you mean 'inspect'?");
+  CHECK(refused({"exprot", "a", "b"}) == "unknown command 'exprot': did you mean 'export'?");
 }
 
 TEST_CASE("a time limit is an override that wins") {
@@ -117,12 +111,12 @@ TEST_CASE("metrics of a run need no configuration") {
     CHECK(plots.overrides == Words{"logging_dir=logs"});
   }
   CHECK(parse({"metrics", "--summary", "--config", "x.yaml", "demo"}).config == "x.yaml");
-  CHECK(error_of({"metrics"}) == "command line: RUN is required; see distill --help");
-  CHECK(error_of({"metrics", "logging_dir=logs"}) == "command line: RUN is required; see distill --help");
-  CHECK(error_of({"metrics", "demo", "more"}) == "unexpected argument 'more': expected key=value");
-  CHECK(error_of({"metrics", "demo", "--csv", "--plot", "a"}) ==
+  CHECK(refused({"metrics"}) == "command line: RUN is required; see distill --help");
+  CHECK(refused({"metrics", "logging_dir=logs"}) == "command line: RUN is required; see distill --help");
+  CHECK(refused({"metrics", "demo", "more"}) == "unexpected argument 'more': expected key=value");
+  CHECK(refused({"metrics", "demo", "--csv", "--plot", "a"}) ==
         "command line: --csv excludes --plot; see distill --help");
-  CHECK(error_of({"metrics", "demo", "--svg", "x.svg"}) == "command line: --svg requires --plot; see distill --help");
+  CHECK(refused({"metrics", "demo", "--svg", "x.svg"}) == "command line: --svg requires --plot; see distill --help");
 }
 
 TEST_CASE("help and version are texts to print") {
@@ -139,28 +133,28 @@ TEST_CASE("help and version are texts to print") {
 }
 
 TEST_CASE("wrong command lines") {
-  CHECK(error_of({}) == "no configuration: expected --config FILE, or --config-path DIR --config-name NAME");
-  CHECK(error_of({"check"}) == "no configuration: expected --config FILE, or --config-path DIR --config-name NAME");
-  CHECK(error_of({"--config-path", "dir"}) == "--config-path dir without --config-name: expected both");
-  CHECK(error_of({"--config", "x.yaml", "--config-name", "y"}) ==
+  CHECK(refused({}) == "no configuration: expected --config FILE, or --config-path DIR --config-name NAME");
+  CHECK(refused({"check"}) == "no configuration: expected --config FILE, or --config-path DIR --config-name NAME");
+  CHECK(refused({"--config-path", "dir"}) == "--config-path dir without --config-name: expected both");
+  CHECK(refused({"--config", "x.yaml", "--config-name", "y"}) ==
         "--config and --config-path/--config-name are two ways to say the same: expected one of them");
-  CHECK(error_of({"chekc", "--config", "x.yaml"}) == "unknown command 'chekc': did you mean 'check'?");
-  CHECK(error_of({"--config", "x.yaml", "chekc"}) == "unknown command 'chekc': did you mean 'check'?");
-  CHECK(error_of({"train", "--config", "x.yaml"}) ==
+  CHECK(refused({"chekc", "--config", "x.yaml"}) == "unknown command 'chekc': did you mean 'check'?");
+  CHECK(refused({"--config", "x.yaml", "chekc"}) == "unknown command 'chekc': did you mean 'check'?");
+  CHECK(refused({"train", "--config", "x.yaml"}) ==
         "unknown command 'train': expected key=value or a command of distill --help");
-  CHECK(error_of({"check", "--config", "x.yaml", "seed"}) == "unexpected argument 'seed': expected key=value");
-  CHECK(error_of({"x.yaml"}) == "unexpected argument 'x.yaml': did you mean '--config x.yaml'?");
-  CHECK(error_of({"--confg", "x.yaml"}) == "unknown option '--confg': did you mean '--config'?");
-  CHECK(error_of({"check", "--config", "x.yaml", "--rank=3"}) == "unknown option '--rank=3': did you mean '--ranks'?");
-  CHECK(error_of({"--config", "x.yaml", "--student.infer_batch_size=3"}) ==
+  CHECK(refused({"check", "--config", "x.yaml", "seed"}) == "unexpected argument 'seed': expected key=value");
+  CHECK(refused({"x.yaml"}) == "unexpected argument 'x.yaml': did you mean '--config x.yaml'?");
+  CHECK(refused({"--confg", "x.yaml"}) == "unknown option '--confg': did you mean '--config'?");
+  CHECK(refused({"check", "--config", "x.yaml", "--rank=3"}) == "unknown option '--rank=3': did you mean '--ranks'?");
+  CHECK(refused({"--config", "x.yaml", "--student.infer_batch_size=3"}) ==
         "unknown option '--student.infer_batch_size=3': distill --help lists all options; overrides are written "
         "key=value");
-  CHECK(error_of({"--config", "x.yaml", "--ranks", "3"}) == "option '--ranks' belongs to 'distill check'");
-  CHECK(error_of({"check", "--config", "x.yaml", "--ranks", "0"}) ==
+  CHECK(refused({"--config", "x.yaml", "--ranks", "3"}) == "option '--ranks' belongs to 'distill check'");
+  CHECK(refused({"check", "--config", "x.yaml", "--ranks", "0"}) ==
         "command line: --ranks: Value 0 not in range 1 to 1048576; see distill --help");
-  CHECK(error_of({"check", "--config", "x.yaml", "--ranks", "many"}) ==
+  CHECK(refused({"check", "--config", "x.yaml", "--ranks", "many"}) ==
         "command line: --ranks: Value many not in range 1 to 1048576; see distill --help");
-  CHECK(error_of({"--config"}) == "command line: --config: 1 required FILE missing; see distill --help");
-  CHECK(error_of({"--config", "a", "--config", "b"}) ==
+  CHECK(refused({"--config"}) == "command line: --config: 1 required FILE missing; see distill --help");
+  CHECK(refused({"--config", "a", "--config", "b"}) ==
         "command line: --config: At Most 1 required but received 2; see distill --help");
 }

@@ -44,7 +44,12 @@ TEST_CASE("one rank and two ranks give the same bits", "[e2e][sanitized]") {
   CHECK(shop.losses("one-" + dtype) == shop.losses("two-" + dtype));
   CHECK(shop.weights("one-" + dtype) == shop.weights("two-" + dtype));
   CHECK(fs::exists(shop.path("two-" + dtype + "/finished")));
-  CHECK(column(shop.path("logs/one-" + dtype + "/metrics.csv"), "student/val_loss")[2] != "");
+  for (const char* metric :
+       {"student/val_loss", "student/val_distill_loss", "student/val_perplexity", "student/val_top1_agreement"}) {
+    const auto a = column(shop.path("logs/one-" + dtype + "/metrics.csv"), metric);
+    CHECK(a[2] != "");
+    CHECK(a == column(shop.path("logs/two-" + dtype + "/metrics.csv"), metric));
+  }
   CHECK_THAT(two.output, Catch::Contains("where the time went"));
 }
 
@@ -383,25 +388,81 @@ TEST_CASE("the configured patience decides when a silent rank is given up", "[e2
 
 // Validation after the first of two steps, while the teacher waits for a free slot, and at the end, when it is done.
 TEST_CASE("a teacher waits for its student as long as that works, whatever peer_timeout says", "[e2e]") {
-  const Workshop shop;
+  const Workshop shop({.student_layers = 2});
   shop.make_teacher();
-  const auto validated = [&](const std::string& name, const std::string& file, int ranks) {
-    const auto result =
-        shop.train(name,
-                   {"max_steps=2", "eval_steps=1", "save_steps=0", "student.infer_batch_size=1",
-                    "teacher_payload=logits", "logits_chunk=8", "logits_ring_slots=1",
-                    "validation.data_args.file_name=" + shop.path(file), "peer_dead_after=1s", "peer_timeout=2s"},
-                   ranks);
+  const std::vector<std::string> settings = {
+      "eval_steps=1",    "save_steps=0",   "student.infer_batch_size=1", "teacher_payload=logits", "peer_dead_after=1s",
+      "peer_timeout=2s", "logits_chunk=8", "logits_ring_slots=1"};
+  const auto with = [&](const std::string& file, const std::vector<std::string>& more) {
+    std::vector<std::string> all = settings;
+    all.push_back("validation.data_args.file_name=" + shop.path(file));
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  struct Validated {
+    double seconds;
+    std::string output;
+  };
+  const auto validated = [&](const std::string& name, const std::string& file, int ranks,
+                             const std::vector<std::string>& grid = {}) -> Validated {
+    std::vector<std::string> more{"max_steps=2"};
+    more.insert(more.end(), grid.begin(), grid.end());
+    const auto result = shop.train(name, with(file, more), ranks);
     INFO(result.output);
     CHECK(result.code == 0);
     const std::string before = "beside the steps: validation ";
-    return std::stod(result.output.substr(result.output.rfind(before) + before.size())) / 2;
+    return {std::stod(result.output.substr(result.output.rfind(before) + before.size())) / 2, result.output};
   };
-  const double seconds = validated("short", "train.jsonl", 0);  // of 60 records, at this machine's speed
+  const double seconds = validated("short", "train.jsonl", 0).seconds;  // of 60 records, at this machine's speed
   std::string records;
   for (double all = 0; all < 3.5; all += seconds) records += contents(shop.path("train.jsonl"));
   shop.write("long-validation.jsonl", records);
-  CHECK(validated("long", "long-validation.jsonl", 2) > 2);
+  const Validated near = validated("long", "long-validation.jsonl", 2);
+  CHECK(near.seconds > 2);
+  CHECK_THAT(near.output, Catch::Contains(" s for rank 0 on ") &&
+                              Catch::Contains(" in the logits channel (a free slot for chunk ") &&
+                              Catch::Contains(" and goes on waiting"));
+  const Validated far =
+      validated("long-pipeline", "long-validation.jsonl", 4,
+                {"student.strategy_args.strategy_config.pp_size=2", "teacher.strategy_args.strategy_config.pp_size=2",
+                 "logits_transfer_backend=nccl-only"});
+  CHECK(far.seconds > 2);
+  CHECK_THAT(far.output, Catch::Contains(" and goes on waiting"));
+
+  // A teacher that has given all it has waits for the end of the run, and says who does not come to it.
+  Process run(shop.training(
+      "silent", with("long-validation.jsonl", {"max_steps=1", "logits_ring_slots=100", "peer_timeout=10m"}), 2));
+  const fs::path csv = shop.path("logs/silent/metrics.csv");
+  for (int i = 0; i < 3000 && !fs::exists(csv); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  std::this_thread::sleep_for(std::chrono::milliseconds(1000));
+  const pid_t student = run.child_with("OMPI_COMM_WORLD_RANK=0");
+  REQUIRE(student > 0);
+  REQUIRE(kill(student, SIGSTOP) == 0);
+  const auto result = run.wait();
+  INFO(result.output);
+  CHECK(result.code == 3);
+  CHECK_THAT(result.output, Catch::Contains("distill: rank 1 on ") && Catch::Contains(": rank 0 on ") &&
+                                Catch::Contains("has shown no sign of life for 1") &&
+                                Catch::Contains("s for it in barrier of world"));
+}
+
+TEST_CASE("all wait for a checkpoint and for the export as long as they take, whatever peer_timeout says", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  std::vector<std::string> words = shop.training(
+      "slow",
+      {"max_steps=2", "save_steps=1", "eval_steps=0", "student.training_args.per_device_train_batch_size=2",
+       "teacher_payload=logits", "logits_chunk=8", "logits_ring_slots=1", "peer_dead_after=1s", "peer_timeout=2s"},
+      4);
+  words.insert(words.begin(),
+               {"LD_PRELOAD=" DISTILL_SLOW_DISK, "ASAN_OPTIONS=verify_asan_link_order=0",
+                "SLOW_FILES=step-000001.partial/manifest.json:export.partial/config.json", "SLOW_SECONDS=3"});
+  const auto result = Process(words).wait();
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK_THAT(result.output, Catch::Contains(" (a free slot for chunk "));
+  CHECK(occurrences(result.output, " of students and goes on waiting") == 2);  // the other student, both times
+  CHECK(occurrences(result.output, " in barrier of world and goes on waiting") == 2);
 }
 
 TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {
@@ -539,6 +600,14 @@ TEST_CASE("inspect shows and verifies checkpoints", "[e2e][sanitized]") {
     CHECK_THAT(inspect(folder, 0), Catch::Contains("step-000002: complete, written ") &&
                                        Catch::Contains("step-000004: complete, written ") &&
                                        Catch::Contains("resume_from_checkpoint=true goes on from step-000004"));
+  // Step 4 is the only one that was validated: the last.
+  const std::string loss = column(shop.path("logs/teacher-run/metrics.csv"), "student/val_loss").back();
+  const std::string listed = inspect("teacher-run", 0);
+  CHECK_THAT(listed, Catch::Contains("file, validation loss " + loss.substr(0, 5)));
+  CHECK(occurrences(listed, ", best\n") == 1);
+  CHECK(occurrences(listed, "validation loss") == 1);
+  CHECK_THAT(inspect("teacher-run/checkpoints/best", 0),
+             Catch::Contains("step 4: ") && Catch::Contains("validation loss " + loss.substr(0, 5)));
 
   const std::string four = "teacher-run/checkpoints/step-000004", newer = four + "/student-pp0-tp0-dp0.h5";
   std::string bytes = contents(shop.path(newer));
@@ -565,8 +634,9 @@ TEST_CASE("a checkpoint is exported without its run as the run would have", "[e2
                     schedule = "student.training_args.lr_scheduler_type=constant";
   REQUIRE(shop.train("short", {precision, schedule, "max_steps=2"}).code == 0);
   REQUIRE(shop.train("long", {precision, schedule, "max_steps=4"}).code == 0);
-  const auto export_to = [&](const std::string& out, int code, std::vector<std::string> options = {}) {
-    options.insert(options.begin(), {"export", shop.path("long/checkpoints/step-000002"), shop.path(out)});
+  const auto export_to = [&](const std::string& out, int code, std::vector<std::string> options = {},
+                             const std::string& from = "step-000002") {
+    options.insert(options.begin(), {"export", shop.path("long/checkpoints/" + from), shop.path(out)});
     const auto result = Process(shop.command(options)).wait();
     INFO(result.output);
     CHECK(result.code == code);
@@ -582,6 +652,8 @@ TEST_CASE("a checkpoint is exported without its run as the run would have", "[e2
   };
   CHECK_THAT(export_to("out", 0), Catch::Contains("(step 2) is in " + shop.path("out")));
   same_as_the_run("out");
+  CHECK_THAT(export_to("best-out", 0, {}, "best"), Catch::Contains("(step 4)"));
+  CHECK(contents(shop.path("best-out/model.safetensors")) == shop.weights("long"));
   CHECK_THAT(export_to("out", 2), Catch::Contains(shop.path("out") + ": exists"));
   same_as_the_run("out");
 

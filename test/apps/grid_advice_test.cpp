@@ -45,6 +45,18 @@ TEST_CASE("where no grid fits, the nearest counts that have one are named") {
   CHECK(grid_advice({{model(4, 2, 1)}, true, {1}, 2, 1}) == "grids (tp×pp×dp) that fit this model and 1 rank: 1×1×1");
 }
 
+TEST_CASE("many nodes are counted by their ranks") {
+  std::vector<int> nodes(128, 8);
+  CHECK_THAT(grid_advice({{model(8, 8, 1)}, true, nodes, 8, 1}), Contains(" and 128 nodes × 8 ranks: "));
+  nodes[3] = 4;
+  CHECK_THAT(grid_advice({{model(8, 8, 1)}, true, nodes, 8, 1}), Contains(" and 127 nodes × 8 + 1 node × 4 ranks: "));
+  nodes[5] = 3;
+  CHECK_THAT(grid_advice({{model(8, 8, 1)}, true, nodes, 8, 1}),
+             Contains("no grid fits 126 nodes × 8 + 1 node × 4 + 1 node × 3 ranks, ") &&
+                 Contains(" and 126 nodes × 8 + 1 node × 4 + 1 node × 2 ranks: ") &&
+                 Contains("; 126 nodes × 8 + 2 nodes × 4 ranks: "));
+}
+
 TEST_CASE("what is offered is what can be made") {
   const ModelSpec spec = model(8, 2, 5);
   for (const bool has_teacher : {true, false})
@@ -55,7 +67,7 @@ TEST_CASE("what is offered is what can be made") {
       for (int tp = 1; tp <= 8; ++tp)
         for (int pp = 1; pp <= 8; ++pp) {
           CAPTURE(has_teacher, node_ranks, tp, pp);
-          bool is_possible = misfit(spec, tp, pp).empty();
+          bool is_possible = !misfit(spec, tp, pp);
           std::string sizes;
           try {
             sizes = text(' ', tp, "×", pp, "×", make_grid(nodes, tp, pp, has_teacher).sizes.dp);

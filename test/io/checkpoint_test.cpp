@@ -87,13 +87,19 @@ struct State {
              .nonfinite_in_a_row = 1,
              .optimizer_updates = std::int64_t(seed) - 1,
              .samples = std::int64_t(1) << 40,
-             .tokens = std::int64_t(1) << 60};
+             .tokens = std::int64_t(1) << 60,
+             .outlier_steps = 3,
+             .recent_losses = {1.0 / 3, 1e-300},
+             .recent_gradient_norms = {double(seed) / 7}};
   }
 
   std::string bits() {
     std::string out =
         text(train.step, ' ', std::bit_cast<std::uint64_t>(train.loss_scale), ' ', train.loss_scale_good_steps, ' ',
-             train.nonfinite_in_a_row, ' ', train.optimizer_updates, ' ', train.samples, ' ', train.tokens, ' ');
+             train.nonfinite_in_a_row, ' ', train.optimizer_updates, ' ', train.samples, ' ', train.tokens, ' ',
+             std::bit_cast<std::uint64_t>(train.validation_loss.value_or(-1)), ' ', train.outlier_steps, ' ');
+    for (const std::vector<double>* recent : {&train.recent_losses, &train.recent_gradient_norms})
+      for (const double value : *recent) out += text(std::bit_cast<std::uint64_t>(value), ' ');
     for (const CheckpointTensor& t : tensors())
       out.append(static_cast<const char*>(t.data.data), std::size_t(t.data.size()) * size_of(t.data.dtype));
     return out;
@@ -118,9 +124,11 @@ struct Store {
         [this](const std::string& m) { warnings.push_back(without(m, scratch.path())); });
   }
   std::string path(const std::string& name = "") const { return scratch.path("checkpoints/" + name); }
-  void save(std::uint32_t step) {
+  void save(std::uint32_t step, std::optional<double> validation_loss = {}) {
     state.fill(step);
+    state.train.validation_loss = validation_loss;
     folder->save(state.train, state.tensors());
+    folder->finish();
   }
   void load(const std::string& name) {
     state.fill(999);
@@ -199,6 +207,7 @@ TEST_CASE("a tensor larger than a slab, in rows and in one row, keeps its order"
   const std::vector<CheckpointTensor> all = {
       {.name = "values/x", .data = tensor.view(), .whole_rows = rows, .whole_cols = cols}};
   store.folder->save({.step = 1}, all);
+  store.folder->finish();
   std::fill_n(values, rows * cols, -1.f);
   CHECK(store.folder->load(store.path("step-000001"), all).step == 1);
   std::int64_t wrong = 0;
@@ -446,6 +455,87 @@ TEST_CASE("old checkpoints go once a new one has been read back", "[checkpoint]"
   CHECK(names_in(store.path()) == Lines{"step-000003", "step-000004", "step-000005"});
 }
 
+TEST_CASE("the best checkpoint is marked and never goes", "[checkpoint]") {
+  Store store(1);
+  const auto best = [&] {
+    std::error_code none;
+    return fs::read_symlink(store.path("best"), none).string();
+  };
+  store.save(1);
+  CHECK(best().empty());
+  store.save(2, 1.0 / 3);
+  CHECK(best() == "step-000002");
+  CHECK(names_in(store.path()) == Lines{"best", "step-000002"});
+  store.save(3, 0.4);
+  store.save(4);
+  CHECK(best() == "step-000002");
+  CHECK(names_in(store.path()) == Lines{"best", "step-000002", "step-000004"});
+  // Also for those who resume, whatever a kill has left of the mark.
+  for (const std::string left : {"step-000002", "step-000004", "step-000003"}) {
+    CAPTURE(left);
+    fs::remove(store.path("best"));
+    fs::create_symlink(left, store.path("best"));
+    fs::create_symlink(left, store.path(".best.partial"));
+    store.reopen(run, 1);
+    CHECK(store.newest() == "step-000004");
+    store.save(4, 0.5);
+    CHECK(best() == "step-000002");
+    CHECK(names_in(store.path()) == Lines{"best", "step-000002", "step-000004"});
+  }
+  CHECK(store.folder->load(store.path("best"), store.state.tensors()).validation_loss == 1.0 / 3);
+  store.save(5, 1.0 / 3);  // of equal ones the newest
+  CHECK(best() == "step-000005");
+  CHECK(names_in(store.path()) == Lines{"best", "step-000005"});
+  CHECK(store.newest() == "step-000005");
+  CHECK(store.warnings.empty());
+  store.reopen(run, 0);
+  store.save(6, 0.1);
+  CHECK(best() == "step-000006");
+  CHECK(names_in(store.path()) == Lines{"best", "step-000005", "step-000006"});
+}
+
+TEST_CASE("a best checkpoint that cannot be marked is a checkpoint", "[checkpoint]") {
+  Store store(1);
+  fs::create_directories(store.path("best/full"));
+  store.save(1, 0.5);
+  REQUIRE(store.warnings.size() == 1);
+  CHECK(store.warnings[0] ==
+        "the best checkpoint, checkpoints/step-000001, is not marked: checkpoints/best: cannot rename to it: Is a "
+        "directory");
+  CHECK(store.newest() == "step-000001");
+}
+
+TEST_CASE("checkpoints from before validation losses were kept are read", "[checkpoint]") {
+  Store store;
+  store.save(1);
+  forge(store.path("step-000001/manifest.json"), [](json& m) { m["state"].erase("validation_loss"); });
+  CHECK(store.newest() == "step-000001");
+  store.load("step-000001");
+  CHECK(store.state.bits() == bits_of(1));
+}
+
+TEST_CASE("a resume reads what it uses twice: once to verify it, once to load it", "[checkpoint]") {
+  Store store;
+  Tensor tensor = store.state.device->tensor(1000, 2000, DType::f32);
+  store.state.device->zero(tensor.view());
+  const std::vector<CheckpointTensor> all = {
+      {.name = "values/x", .data = tensor.view(), .whole_rows = 1000, .whole_cols = 2000}};
+  store.folder->save({.step = 1}, all);
+  store.folder->finish();
+  const auto bytes_read = [] {
+    std::ifstream counters("/proc/self/io");
+    std::string name;
+    double bytes = 0;
+    counters >> name >> bytes;  // rchar: of all reads of this process
+    return bytes;
+  };
+  const double before = bytes_read();
+  store.folder->load(store.folder->newest().value(), all);
+  const double passes = (bytes_read() - before) / double(fs::file_size(store.path(shard_1)));
+  CHECK(passes > 1.9);
+  CHECK(passes < 2.1);
+}
+
 TEST_CASE("what a killed process left is removed by the next save", "[checkpoint]") {
   Store store;
   fs::create_directories(store.path(".step-000007.partial"));
@@ -489,7 +579,7 @@ TEST_CASE("HDF5 survives a disk that fills up while it writes", "[checkpoint]") 
           const FileLimit full(limit);
           file.write(
               {.name = "a/b", .dtype = DType::f32, .rows = 1000, .cols = 1000, .whole_rows = 1000, .whole_cols = 1000},
-              [](const Slab&, std::span<std::byte> values) { std::fill(values.begin(), values.end(), std::byte(1)); });
+              std::vector<std::byte>(4'000'000, std::byte(1)));
           file.close();
         },
         ExitCode::internal);
@@ -506,10 +596,12 @@ TEST_CASE("HDF5 survives a disk that fills up while it writes", "[checkpoint]") 
 TEST_CASE("a killed process leaves a good checkpoint", "[checkpoint]") {
   Store store;
   store.save(1);
+  store.folder.reset();  // a child has none of the threads of this process
   for (const int milliseconds : {20, 45, 70}) {
     const pid_t child = fork();
     REQUIRE(child >= 0);
     if (child == 0) {
+      store.reopen();
       for (std::uint32_t step = 2;; step = step == 50 ? 2 : step + 1) store.save(step);
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
@@ -517,10 +609,12 @@ TEST_CASE("a killed process leaves a good checkpoint", "[checkpoint]") {
     int status = 0;
     REQUIRE(waitpid(child, &status, 0) == child);
     CHECK(WIFSIGNALED(status));
+    store.reopen();
     const std::string newest = store.newest();
     REQUIRE(newest != "none");
     store.load(newest);
     CHECK(store.state.bits() == bits_of(std::uint32_t(store.state.train.step)));
+    store.folder.reset();
   }
   CHECK(store.warnings.empty());
 }

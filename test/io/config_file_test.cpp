@@ -9,8 +9,8 @@
 #include <random>
 #include <sstream>
 
-#include "core/error.h"
 #include "test/support/limit.h"
+#include "test/support/refusal.h"
 
 using namespace distill;
 
@@ -34,14 +34,8 @@ ConfigFile parse(const std::string& content, const Overrides& overrides = {}, co
 Config read(const std::string& content, const Overrides& overrides = {}) { return parse(content, overrides).config; }
 
 // The message of the input error that reading ends with.
-std::string error_of(const std::string& content, const Overrides& overrides = {}) {
-  try {
-    parse(content, overrides);
-  } catch (const Error& e) {
-    CHECK(e.code() == ExitCode::bad_input);
-    return e.what();
-  }
-  return "no error";
+std::string refused(const std::string& content, const Overrides& overrides = {}) {
+  return test::refusal("", [&] { parse(content, overrides); });
 }
 
 struct Keys {
@@ -260,7 +254,7 @@ TEST_CASE("durations") {
   CHECK(limit("1.5h") == 5400);
   CHECK(limit("1d2h3min4s") == 86400 + 2 * 3600 + 3 * 60 + 4);
   for (const char* wrong : {"h", "3h5", "3 h", "-5s", "0", "1e400", "5y", "1..5s", "soon"})
-    CHECK(error_of(needed + "max_time: " + wrong) ==
+    CHECK(refused(needed + "max_time: " + wrong) ==
           std::string("x.yaml:6: max_time: expected a duration above 0 (90s, 10min, 3h55m), found '") + wrong + "'");
 }
 
@@ -281,7 +275,7 @@ TEST_CASE("device lists") {
 }
 
 TEST_CASE("wrong device lists") {
-  const auto message = [](const std::string& list) { return error_of(needed + "  device_mapping: " + list); };
+  const auto message = [](const std::string& list) { return refused(needed + "  device_mapping: " + list); };
   const std::string expected =
       "x.yaml:6: student.device_mapping: expected a list of integers at least 0, or list(range(start,stop,step)), "
       "found ";
@@ -345,28 +339,28 @@ TEST_CASE("wrong types and values out of range name the line, the key, what is a
        "teacher.training_args.lr_scheduler_type: expected constant, constant_with_warmup, linear or cosine, found "
        "'step'"},
   }));
-  CHECK(error_of(needed + wrong.line + "\n") == "x.yaml:6: " + wrong.message);
+  CHECK(refused(needed + wrong.line + "\n") == "x.yaml:6: " + wrong.message);
 }
 
 TEST_CASE("a long wrong value is shortened") {
-  const std::string message = error_of(needed + "seed: " + std::string(500, 'x'));
+  const std::string message = refused(needed + "seed: " + std::string(500, 'x'));
   CHECK(message == "x.yaml:6: seed: expected an integer at least 0, found '" + std::string(80, 'x') + "...'");
 }
 
 TEST_CASE("unknown keys") {
-  CHECK(error_of(needed + "sead: 1\n") == "x.yaml:6: unknown key 'sead': did you mean 'seed'?");
-  CHECK(error_of("studnet_pretrain: s\n") ==
+  CHECK(refused(needed + "sead: 1\n") == "x.yaml:6: unknown key 'sead': did you mean 'seed'?");
+  CHECK(refused("studnet_pretrain: s\n") ==
         "x.yaml:1: unknown key 'studnet_pretrain': did you mean 'student_pretrain'?");
-  CHECK(error_of(needed + "  training_args:\n    learning_rat: 1\n") ==
+  CHECK(refused(needed + "  training_args:\n    learning_rat: 1\n") ==
         "x.yaml:7: unknown key 'student.training_args.learning_rat': did you mean "
         "'student.training_args.learning_rate'?");
-  CHECK(error_of(needed + "learning_rate: 1\n") ==
+  CHECK(refused(needed + "learning_rate: 1\n") ==
         "x.yaml:6: unknown key 'learning_rate': did you mean 'student.training_args.learning_rate'?");
-  CHECK(error_of(needed + "zzz: 1\n") == "x.yaml:6: unknown key 'zzz': distill --help-config lists all keys");
-  CHECK(error_of(needed, {"teacher.model_args.dtyp=fp32"}) ==
+  CHECK(refused(needed + "zzz: 1\n") == "x.yaml:6: unknown key 'zzz': distill --help-config lists all keys");
+  CHECK(refused(needed, {"teacher.model_args.dtyp=fp32"}) ==
         "command line 'teacher.model_args.dtyp=fp32': unknown key 'teacher.model_args.dtyp': did you mean "
         "'teacher.model_args.dtype'?");
-  CHECK(error_of(needed, {"a.b=1"}) == "command line 'a.b=1': unknown key 'a': distill --help-config lists all keys");
+  CHECK(refused(needed, {"a.b=1"}) == "command line 'a.b=1': unknown key 'a': distill --help-config lists all keys");
 }
 
 TEST_CASE("an unknown key that other values refer to is a variable of the file") {
@@ -415,17 +409,17 @@ TEST_CASE("other spellings of keys") {
   CHECK(config.teacher.strategy_args.strategy_config.tensor_model_parallel_size == 2);
   CHECK(config.teacher.strategy_args.strategy_config.pipeline_model_parallel_size == 3);
   CHECK(
-      error_of(needed + "  training_args: {max_grad_norm: 1}\nmax_grad_norm: 2\n") ==
+      refused(needed + "  training_args: {max_grad_norm: 1}\nmax_grad_norm: 2\n") ==
       "x.yaml:6: student.training_args.max_grad_norm is '1', but max_grad_norm is '2' (x.yaml:7): expected one of the "
       "two keys");
 }
 
 TEST_CASE("a key given twice") {
-  CHECK(error_of(needed + "seed: 1\nmax_steps: 2\nseed: 3\n") ==
+  CHECK(refused(needed + "seed: 1\nmax_steps: 2\nseed: 3\n") ==
         "x.yaml:8: key 'seed' is given twice: first at x.yaml:6");
-  CHECK(error_of("student:\n  data_args: {file_name: a,\n    file_name: b}\n") ==
+  CHECK(refused("student:\n  data_args: {file_name: a,\n    file_name: b}\n") ==
         "x.yaml:3: key 'file_name' is given twice: first at x.yaml:2");
-  CHECK(error_of("hydra:\n  a: 1\n  a: 1\n") == "x.yaml:3: key 'a' is given twice: first at x.yaml:2");
+  CHECK(refused("hydra:\n  a: 1\n  a: 1\n") == "x.yaml:3: key 'a' is given twice: first at x.yaml:2");
 }
 
 TEST_CASE("anchors and merge keys") {
@@ -447,22 +441,33 @@ TEST_CASE("anchors and merge keys") {
   CHECK(config.teacher.training_args.warmup_steps == 6);  // the first of several wins
   CHECK(config.teacher.training_args.learning_rate == 1e-3);
 
-  CHECK(error_of("student: {<<: 5}\n") == "x.yaml:1: <<: expected a section or a list of sections, found '5'");
-  CHECK(error_of("a: &x {seed: q}\nteacher: {<<: [*x, y]}\n") ==
+  CHECK(refused("student: {<<: 5}\n") == "x.yaml:1: <<: expected a section or a list of sections, found '5'");
+  CHECK(refused("a: &x {seed: q}\nteacher: {<<: [*x, y]}\n") ==
         "x.yaml:2: <<: expected a section or a list of sections, found 'y'");
 }
 
 TEST_CASE("what is no configuration") {
-  CHECK(error_of("a: [1\n") == "x.yaml:2: is not valid YAML: end of sequence flow not found");
-  CHECK(error_of("seed: 1\n  max_steps: 2\n") == "x.yaml:2: is not valid YAML: illegal map value");
-  CHECK(error_of("a: *b\n") == "x.yaml:1: is not valid YAML: the referenced anchor is not defined");
-  CHECK(error_of("just text") == "x.yaml: expected lines 'key: value', found 'just text'");
-  CHECK(error_of("- a\n- b\n") == "x.yaml: expected lines 'key: value', found a list");
-  CHECK(error_of("seed: 1\n---\nseed: 2\n") == "x.yaml: holds 2 YAML documents: expected one");
-  CHECK(error_of("[a, b]: 1\n") == "x.yaml:1: has a key that is no plain name");
-  CHECK(error_of("exp_name: !!python/object:os.system x\n") ==
+  CHECK(refused("a: [1\n") == "x.yaml:2: is not valid YAML: end of sequence flow not found");
+  CHECK(refused("seed: 1\n  max_steps: 2\n") == "x.yaml:2: is not valid YAML: illegal map value");
+  CHECK(refused("a: *b\n") == "x.yaml:1: is not valid YAML: the referenced anchor is not defined");
+  CHECK(refused("just text") == "x.yaml: expected lines 'key: value', found 'just text'");
+  CHECK(refused("- a\n- b\n") == "x.yaml: expected lines 'key: value', found a list");
+  CHECK(refused("seed: 1\n---\nseed: 2\n") == "x.yaml: holds more than one YAML document: expected one");
+  CHECK(refused("! ,") == "x.yaml: holds more than one YAML document: expected one");  // endless in yaml-cpp's LoadAll
+  CHECK(refused("[a, b]: 1\n") == "x.yaml:1: has a key that is no plain name");
+  CHECK(refused("exp_name: !!python/object:os.system x\n") ==
         "x.yaml:1: has the tag tag:yaml.org,2002:python/object:os.system: expected plain values");
-  CHECK(error_of("exp_name: !env HOME\n") == "x.yaml:1: has the tag !env: expected plain values");
+  CHECK(refused("exp_name: !env HOME\n") == "x.yaml:1: has the tag !env: expected plain values");
+  for (const char* bytes : {"a\xff", "\xc3", "\xed\xa0\x80", "\xef\xbf\xbe", "\xef\xb7\x90"}) {
+    CHECK(refused(std::string("seed: 1\nexp_name: ") + bytes) ==
+          "x.yaml:2: holds bytes that are no text: expected UTF-8");
+    CHECK(refused(std::string("seed: 1\n") + bytes + ": 1\n") ==
+          "x.yaml:2: holds bytes that are no text: expected UTF-8");
+    setenv("DISTILL_TEST_BYTES", bytes, 1);
+    CHECK(
+        refused("exp_name: ${oc.env:DISTILL_TEST_BYTES}\n") ==
+        "x.yaml:1: exp_name: the environment variable DISTILL_TEST_BYTES holds bytes that are no text: expected UTF-8");
+  }
 }
 
 TEST_CASE("aliases cannot make a file endless") {
@@ -473,10 +478,10 @@ TEST_CASE("aliases cannot make a file endless") {
     for (int k = 0; k < 9; ++k) bomb += ", " + before;
     bomb += "]\n";
   }
-  CHECK_THAT(error_of(bomb),
+  CHECK_THAT(refused(bomb),
              Catch::Contains("is nested too deep or too large: expected at most 100 levels and 20000 values"));
-  CHECK_THAT(error_of("a: &a [*a]\n"), Catch::Contains("is nested too deep or too large"));
-  CHECK_THAT(error_of("a: " + std::string(300, '[') + std::string(300, ']')), Catch::Contains("is nested too deep"));
+  CHECK_THAT(refused("a: &a [*a]\n"), Catch::Contains("is nested too deep or too large"));
+  CHECK_THAT(refused("a: " + std::string(300, '[') + std::string(300, ']')), Catch::Contains("is nested too deep"));
 }
 
 TEST_CASE("files that cannot be read") {
@@ -526,29 +531,29 @@ TEST_CASE("overrides win over the file") {
 }
 
 TEST_CASE("wrong overrides are named in place of a line") {
-  CHECK(error_of(needed, {"seed=x"}) == "command line 'seed=x': seed: expected an integer at least 0, found 'x'");
-  CHECK(error_of(needed, {"seed"}) == "command line 'seed': expected key=value");
-  CHECK(error_of(needed, {"=5"}) == "command line '=5': expected a dotted key before '=', found ''");
-  CHECK(error_of(needed, {"student..x=5"}) ==
+  CHECK(refused(needed, {"seed=x"}) == "command line 'seed=x': seed: expected an integer at least 0, found 'x'");
+  CHECK(refused(needed, {"seed"}) == "command line 'seed': expected key=value");
+  CHECK(refused(needed, {"=5"}) == "command line '=5': expected a dotted key before '=', found ''");
+  CHECK(refused(needed, {"student..x=5"}) ==
         "command line 'student..x=5': expected a dotted key before '=', found 'student..x'");
-  CHECK(error_of(needed, {"seed.x=5"}) ==
+  CHECK(refused(needed, {"seed.x=5"}) ==
         "command line 'seed.x=5': seed: expected an integer at least 0, found a section");
-  CHECK(error_of(needed + "seed: 1\n", {"seed.x=5"}) ==
+  CHECK(refused(needed + "seed: 1\n", {"seed.x=5"}) ==
         "command line 'seed.x=5': 'seed' is no section but '1' (x.yaml:6)");
-  CHECK(error_of(needed, {"track_with=[csv"}) ==
+  CHECK(refused(needed, {"track_with=[csv"}) ==
         "command line 'track_with=[csv': is not valid YAML: end of sequence flow not found");
-  CHECK(error_of(needed, {"teacher_pretrain=~"}) ==
+  CHECK(refused(needed, {"teacher_pretrain=~"}) ==
         "x.yaml: teacher_pretrain: is missing: expected the Hugging Face folder of the teacher model (or "
         "teacher.model_args.model_name_or_path); distill_loss_weight: 0 needs no teacher");
 }
 
 TEST_CASE("rules between keys name the line of the key") {
-  CHECK(error_of("") ==
+  CHECK(refused("") ==
         "x.yaml: student_pretrain: is missing: expected the Hugging Face folder of the student model (or "
         "student.model_args.model_name_or_path)");
-  CHECK(error_of("student_pretrain: s\nteacher_pretrain: t\n") ==
+  CHECK(refused("student_pretrain: s\nteacher_pretrain: t\n") ==
         "x.yaml: student.data_args.file_name: is missing: expected the path of the training records");
-  CHECK(error_of(needed + "peer_timeout: 5s\n") ==
+  CHECK(refused(needed + "peer_timeout: 5s\n") ==
         "x.yaml:6: peer_timeout: is 5 s: expected at least peer_dead_after, 20 s");
   CHECK(read("student_pretrain: s\ndistill_loss_weight: 0\nstudent: {data_args: {file_name: d}}\n").teacher ==
         WorkerConfig());
@@ -567,11 +572,11 @@ TEST_CASE("a value whose feature is not there yet is an error where it is writte
       {"teacher: {strategy_args: {strategy_config: {context_parallel_size: 2}}}",
        "teacher.strategy_args.strategy_config.context_parallel_size: more than 1 is not yet supported: expected 1"},
   }));
-  CHECK(error_of(needed + wrong.line + "\n") == "x.yaml:6: " + wrong.message);
+  CHECK(refused(needed + wrong.line + "\n") == "x.yaml:6: " + wrong.message);
 }
 
 TEST_CASE("student rows of what is not there yet") {
-  CHECK(error_of(needed, {"student.strategy_args.strategy_config.context_parallel_size=2"}) ==
+  CHECK(refused(needed, {"student.strategy_args.strategy_config.context_parallel_size=2"}) ==
         "command line 'student.strategy_args.strategy_config.context_parallel_size=2': "
         "student.strategy_args.strategy_config.context_parallel_size: more than 1 is not yet supported: expected 1");
 }

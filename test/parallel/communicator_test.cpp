@@ -626,6 +626,32 @@ TEST_CASE("a rank that lives but gives nothing is waited for only so long") {
                              Contains("in barrier of dp 0 and goes on waiting"));
 }
 
+TEST_CASE("a wait that lasts as long as the other lives is reported when it is long") {
+  Patience patience;
+  patience.peer_timeout = std::chrono::milliseconds(50);
+  std::atomic<int> reports = 0;
+  std::string line;
+  patience.report = [&](const std::string& report) {
+    line = report;
+    ++reports;
+  };
+  run_ranks(2, [&](Communicator& world) {
+    const auto group = world.split(0, 0, "dp 0");
+    if (world.rank() == 0) {
+      group->set_patience(patience.while_alive());
+      const WaitForWork work(*group);  // within one another, too
+      group->barrier();
+    } else {
+      for (int i = 0; i < 4000 && reports == 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      group->barrier();
+    }
+  });
+  CHECK(reports == 1);
+  CHECK_THAT(line, Contains("rank 0 on this host") && Contains("for rank 1 on this host") &&
+                       Contains("in barrier of dp 0 and goes on waiting"));
+}
+
 TEST_CASE("waiting costs little processor time") {
   timespec before{}, after{};
   run_ranks(2, [&](Communicator& world) {

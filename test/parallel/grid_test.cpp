@@ -1,15 +1,17 @@
 #include "parallel/grid.h"
 
 #include <algorithm>
-#include <atomic>
 #include <catch2/catch.hpp>
 #include <map>
+#include <mutex>
 #include <set>
 #include <thread>
 #include <tuple>
+#include <utility>
 
 #include "parallel/parallel.h"
 #include "parallel/shared_group.h"
+#include "test/support/refusal.h"
 
 using namespace distill;
 using Catch::Matchers::StartsWith;
@@ -18,14 +20,8 @@ namespace {
 
 std::vector<int> one_node(int n) { return std::vector<int>(std::size_t(n), 0); }
 
-std::string error_of(const std::vector<int>& nodes, int tp, int pp, bool has_teacher) {
-  try {
-    make_grid(nodes, tp, pp, has_teacher);
-  } catch (const Error& error) {
-    CHECK(error.code() == ExitCode::bad_input);
-    return error.what();
-  }
-  return {};
+std::string refused(const std::vector<int>& nodes, int tp, int pp, bool has_teacher) {
+  return test::refusal("", [&] { make_grid(nodes, tp, pp, has_teacher); });
 }
 
 }  // namespace
@@ -120,35 +116,35 @@ TEST_CASE("tp is fastest, then dp, then pp") {
   CHECK(at(11) == std::tuple(1, 1, 2));
 }
 
-TEST_CASE("counts that do not fit say what to start instead") {
-  CHECK(error_of(one_node(3), 1, 1, true) ==
-        "3 ranks cannot be split into as many students as teachers: start 2 or 4 ranks, or set "
-        "distill_loss_weight: 0 to train without a teacher on any number");
-  CHECK(error_of({0, 0, 1, 1, 1}, 1, 1, true) ==
-        "3 ranks on node 1 cannot be split into as many students as teachers: start 2 or 4 ranks on node 1, or set "
-        "distill_loss_weight: 0 to train without a teacher on any number");
-  CHECK(error_of({0, 1}, 1, 1, true) ==
-        "1 rank on node 0 cannot be split into as many students as teachers: start 2 ranks on node 0, or set "
-        "distill_loss_weight: 0 to train without a teacher on any number");
-  CHECK(error_of(one_node(6), 2, 1, true) ==
+TEST_CASE("counts that do not fit are refused") {
+  CHECK(refused(one_node(3), 1, 1, true) ==
+        "3 ranks cannot be split into as many students as teachers; distill_loss_weight: 0 trains without a teacher on "
+        "any number");
+  CHECK(refused({0, 0, 1, 1, 1}, 1, 1, true) ==
+        "3 ranks on node 1 cannot be split into as many students as teachers; distill_loss_weight: 0 trains without a "
+        "teacher on any number");
+  CHECK(refused({0, 1}, 1, 1, true) ==
+        "1 rank on node 0 cannot be split into as many students as teachers; distill_loss_weight: 0 trains without a "
+        "teacher on any number");
+  CHECK(refused(one_node(6), 2, 1, true) ==
         "6 ranks cannot be cut into groups of tp_size 2 for students and for teachers (a group stays inside a node): "
         "start 4 or 8 ranks");
-  CHECK(error_of({0, 0, 0, 1, 1, 1}, 2, 1, false) ==
+  CHECK(refused({0, 0, 0, 1, 1, 1}, 2, 1, false) ==
         "3 ranks on node 0 cannot be cut into groups of tp_size 2 (a group stays inside a node): start 2 or 4 ranks on "
         "node 0");
   const std::string hosts[] = {"node-a", "node-a", "node-b"};
   CHECK_THROWS_WITH(make_grid({{0, 0, 1}}, 1, 1, true, hosts), StartsWith("1 rank on node-b cannot be split"));
   CHECK_THROWS_WITH(make_grid(one_node(3), 1, 1, true, hosts), StartsWith("3 ranks cannot be split"));
-  CHECK(error_of(one_node(6), 1, 2, true) ==
+  CHECK(refused(one_node(6), 1, 2, true) ==
         "6 ranks (half of them students) cannot be cut into grids of tp_size 1 x pp_size 2: start 4 or 8 ranks");
-  CHECK(
-      error_of(one_node(1), 1, 2, true) ==
-      "1 rank cannot be split into as many students as teachers: start 4 ranks, or set distill_loss_weight: 0 to train "
-      "without a teacher on any number");
+  CHECK(refused(one_node(1), 1, 2, true) ==
+        "1 rank cannot be split into as many students as teachers; distill_loss_weight: 0 trains without a teacher on "
+        "any "
+        "number");
 }
 
 TEST_CASE("the table names every rank") {
-  CHECK(describe(make_grid({{0, 0, 1, 1}}, 1, 1, true)) ==
+  CHECK(describe(make_grid({{0, 0, 1, 1}}, 1, 1, true), true) ==
         "grid: tp 1, dp 2, pp 1, 4 ranks\n"
         "  rank  role     tp  dp  pp  partner  node\n"
         "     0  student   0   0   0        1  0\n"
@@ -157,20 +153,22 @@ TEST_CASE("the table names every rank") {
         "     3  teacher   0   1   0        2  1\n"
         "  dp groups: 0 2 | 1 3\n");
   const std::string hosts[] = {"node-a"};
-  CHECK(describe(make_grid(one_node(1), 1, 1, false), hosts) ==
+  CHECK(describe(make_grid(one_node(1), 1, 1, false), true, hosts) ==
         "grid: tp 1, dp 1, pp 1, 1 rank\n"
         "  rank  role     tp  dp  pp  partner  node\n"
         "     0  student   0   0   0        -  node-a\n");
 }
 
 TEST_CASE("under the table stand the groups") {
-  const std::string table = describe(make_grid(one_node(24), 2, 3, true));
-  CHECK(table.substr(table.find("  tp groups")) ==
+  const Grid grid = make_grid(one_node(24), 2, 3, true);
+  const std::string untied = describe(grid, false), tied = describe(grid, true);
+  CHECK(untied.substr(untied.find("  tp groups")) ==
         "  tp groups: 0 1 | 12 13 | 2 3 | 14 15 | 4 5 | 16 17 | 6 7 | 18 19 | 8 9 | 20 21 | 10 11 | 22 23\n"
         "  dp groups: 0 2 | 12 14 | 1 3 | 13 15 | 4 6 | 16 18 | 5 7 | 17 19 | 8 10 | 20 22 | 9 11 | 21 23\n"
-        "  pp groups: 0 4 8 | 12 16 20 | 1 5 9 | 13 17 21 | 2 6 10 | 14 18 22 | 3 7 11 | 15 19 23\n"
-        "  embedding groups: 0 8 | 12 20 | 1 9 | 13 21 | 2 10 | 14 22 | 3 11 | 15 23\n");
-  CHECK_THAT(describe(make_grid(one_node(64), 2, 1, false)), Catch::Contains(" | 30 31 | … 32 in all\n"));
+        "  pp groups: 0 4 8 | 12 16 20 | 1 5 9 | 13 17 21 | 2 6 10 | 14 18 22 | 3 7 11 | 15 19 23\n");
+  // Of students only.
+  CHECK(tied == untied + "  embedding groups: 0 8 | 1 9 | 2 10 | 3 11\n");
+  CHECK_THAT(describe(make_grid(one_node(64), 2, 1, false), true), Catch::Contains(" | 30 31 | … 32 in all\n"));
 }
 
 TEST_CASE("stages and ends of pipelines form groups") {
@@ -207,15 +205,18 @@ TEST_CASE("groups follow the grid") {
 
 namespace {
 
-// Memory of groups that says how much was made, and runs out.
+// Memory of groups that says how much was made and what for, and has none for one purpose.
 class ScarceMemory final : public GroupMemory {
  public:
-  explicit ScarceMemory(int blocks) : left_(blocks) {}
+  explicit ScarceMemory(std::string refused = "") : refused_(std::move(refused)) {}
   std::size_t made() const { return made_; }
+  const std::set<std::string>& purposes() const { return purposes_; }
 
   Block make(std::size_t bytes, const std::string& purpose, std::string& ticket) override {
-    check_input(--left_ >= 0, purpose, ": no memory");
+    check_input(purpose != refused_, purpose, ": no memory");
+    const std::lock_guard lock(mutex_);
     made_ += bytes;
+    purposes_.insert(purpose);
     return heap_->make(bytes, purpose, ticket);
   }
   Block attach(const std::string& ticket, std::size_t bytes) override { return heap_->attach(ticket, bytes); }
@@ -223,8 +224,10 @@ class ScarceMemory final : public GroupMemory {
 
  private:
   std::shared_ptr<GroupMemory> heap_ = heap_memory();
-  std::atomic<int> left_;
-  std::atomic<std::size_t> made_ = 0;
+  std::string refused_;
+  std::mutex mutex_;  // of what follows
+  std::size_t made_ = 0;
+  std::set<std::string> purposes_;
 };
 
 class AllLive final : public Lives {
@@ -263,14 +266,15 @@ std::vector<std::string> outcomes(const Grid& grid, int sharers, const std::shar
 
 TEST_CASE("where memory runs out for one group, every rank of either role says so, whichever group it is") {
   const Grid grid = make_grid(one_node(8), 2, 2, true);
+  const auto enough = std::make_shared<ScarceMemory>();
+  for (const std::string& met : outcomes(grid, 2, enough)) CHECK(met.empty());
   std::set<std::string> kinds;
-  for (int blocks = 0;; ++blocks) {
-    const std::vector<std::string> met = outcomes(grid, 2, std::make_shared<ScarceMemory>(blocks));
-    CAPTURE(blocks, met);
-    CHECK(std::set(met.begin(), met.end()).size() == 1);
-    if (met.front().empty()) break;
-    CHECK_THAT(met.front(), StartsWith("2 group ") && Catch::Contains(": no memory"));
-    kinds.insert(met.front().substr(8, met.front().find_first_of(" 0", 8) - 8));
+  for (const std::string& purpose : enough->purposes()) {
+    const std::vector<std::string> met = outcomes(grid, 2, std::make_shared<ScarceMemory>(purpose));
+    CAPTURE(purpose);
+    CHECK(met == std::vector<std::string>(grid.places.size(), text("2 ", purpose, ": no memory")));
+    REQUIRE_THAT(purpose, StartsWith("group "));
+    kinds.insert(purpose.substr(6, purpose.find(' ', 6) - 6));
   }
   CHECK(kinds == std::set<std::string>{"students", "teachers", "tp", "pp", "kv", "tied", "partners"});
 }
@@ -279,7 +283,7 @@ TEST_CASE("the memory of groups is known before they are made") {
   const auto [ranks, tp, pp, sharers, has_teacher] = GENERATE(table<int, int, int, int, bool>(
       {{1, 1, 1, 1, true}, {2, 1, 1, 1, true}, {16, 4, 2, 2, true}, {12, 2, 3, 1, false}}));
   const Grid grid = make_grid(one_node(ranks), tp, pp, has_teacher);
-  const auto memory = std::make_shared<ScarceMemory>(1000);
+  const auto memory = std::make_shared<ScarceMemory>();
   for (const std::string& met : outcomes(grid, sharers, memory)) CHECK(met.empty());
   const auto bytes = group_bytes(grid, sharers);
   CHECK((bytes.empty() ? 0 : bytes.at(0)) == memory->made());

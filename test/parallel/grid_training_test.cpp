@@ -73,7 +73,9 @@ std::ostream& operator<<(std::ostream& out, const Setup& s) {
 using Whole = std::map<std::string, std::vector<float>>;
 
 struct Outcome {
-  std::vector<double> losses, norms, validation, teacher_waits, student_waits;
+  std::vector<double> losses, norms, validation;  // of validation all four metrics
+  std::vector<double> teacher_waits, student_waits, bubbles;
+  StepTimes times;
   Whole gradients, weights;    // of the first step; at the end
   std::int64_t differing = 0;  // weights of which two ranks hold different bits, at the end
 };
@@ -186,6 +188,7 @@ class Rank {
     TrainState state;
     trainer.run(state);
     const std::lock_guard lock(mutex_);
+    if (groups_.role->rank() == 0) outcome_.times = trainer.times();
     for (const Param& p : student.table().all())
       outcome_.differing += put(outcome_.weights, *device_, p, {p.offset, p.size()}, student.values());
   }
@@ -216,9 +219,10 @@ class Rank {
     for (const auto& [name, value] : record.values) {
       if (name == "train/loss") outcome_.losses.push_back(value);
       if (name == "student/grad_norm") outcome_.norms.push_back(value);
-      if (name == "student/val_loss") outcome_.validation.push_back(value);
+      if (name.starts_with("student/val_")) outcome_.validation.push_back(value);
       if (name == "time/teacher_wait") outcome_.teacher_waits.push_back(value);
       if (name == "time/student_wait") outcome_.student_waits.push_back(value);
+      if (name == "system/pipeline_bubble") outcome_.bubbles.push_back(value);
     }
   }
 
@@ -271,6 +275,7 @@ void check_equal(const Setup& setup) {
   const Outcome &one = on_one_rank(setup), grid = train(setup);
   const double tolerance = setup.dtype == DType::f32 ? 1e-5 : 2e-2;
   REQUIRE(grid.losses.size() == one.losses.size());
+  REQUIRE(one.validation.size() == 4 * steps / 5);
   REQUIRE(grid.validation.size() == one.validation.size());
   for (std::size_t i = 0; i < one.losses.size(); ++i) {
     CAPTURE(i);
@@ -422,6 +427,19 @@ TEST_CASE("waits for teachers, and of teachers, are means over the ranks that ha
   for (const double seconds : outcome.teacher_waits) CHECK(seconds == Approx(setup.micro_batches() * teacher_wait));
   REQUIRE(outcome.student_waits.size() == std::size_t(steps));
   for (const double seconds : outcome.student_waits) CHECK(seconds == Approx(setup.micro_batches() * student_wait));
+  // The report at the end shares the step out over all ranks: of the teacher's time only the last stage's part.
+  const double micro_batches = double(steps) * setup.micro_batches();
+  CHECK(outcome.times.teacher == Approx(micro_batches * teacher_wait / setup.pp));
+  CHECK(outcome.times.student_wait == Approx(micro_batches * student_wait));
+}
+
+TEST_CASE("a pipeline that waits says for which part of a step") {
+  Setup setup;
+  setup.pp = GENERATE(1, 4);
+  setup.accumulation = 1;
+  const Outcome outcome = train(setup);
+  CHECK(outcome.bubbles.size() == std::size_t(setup.pp > 1 ? steps : 0));
+  for (const double part : outcome.bubbles) CHECK((part > 0 && part < 1));
 }
 
 TEST_CASE("in bf16 a grid trains like one rank to rounding", "[grid]") {

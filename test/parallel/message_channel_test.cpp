@@ -2,6 +2,9 @@
 // over MPI. Rank 0 is the student, rank 1 the teacher.
 #include <atomic>
 #include <catch2/catch.hpp>
+#include <chrono>
+#include <thread>
+#include <utility>
 
 #include "test/support/channel_script.h"
 #include "test/support/mpi_main.h"
@@ -28,10 +31,11 @@ void play(Communicator& pair, const std::function<void(Communicator&)>& student,
 
 // Opens an end that waits only so long.
 template <class Open>
-auto impatient(Communicator& pair, const Open& open) {
+auto impatient(Communicator& pair, const Open& open, std::function<void(const std::string&)> report = {}) {
   const Patience before = pair.patience();
   Patience short_of_it = before;
   short_of_it.peer_timeout = std::chrono::seconds(1);
+  short_of_it.report = std::move(report);
   pair.set_patience(short_of_it);
   auto end = open();
   pair.set_patience(before);
@@ -136,7 +140,12 @@ void silent_teacher(Communicator& pair) {
   play(
       pair,
       [&](Communicator&) {
-        auto source = impatient(pair, [&] { return open_message_source(pair, 1, shape); });
+        std::atomic<int> reports = 0;
+        auto source = impatient(
+            pair, [&] { return open_message_source(pair, 1, shape); }, [&](const std::string&) { ++reports; });
+        // Nobody asks for anything yet: that nothing comes is no stall.
+        std::this_thread::sleep_for(std::chrono::milliseconds(1200));
+        check(reports == 0, "a stall is reported that is none");
         source->begin(batch(1));
         check_says(error_of([&] { source->acquire(7); }), ExitCode::peer_lost,
                    {"in the logits channel (chunk 0 of micro-batch 1): it lives but gives nothing (peer_timeout)"});
@@ -209,8 +218,9 @@ void suite(Communicator& pair) {
 
 TEST_CASE("a channel by messages between threads") { run_ranks(2, suite); }
 
-TEST_CASE("a channel by messages between processes", "[mpi]") {
-  suite(test_session().world());
+TEST_CASE("a channel by messages in the world of this process", "[mpi]") { suite(test_session().world()); }
+
+TEST_CASE("a channel by messages between ranks that use messages", "[mpi]") {
   suite(*test_session().messages("by messages"));
 }
 

@@ -20,17 +20,20 @@ constexpr std::int64_t real_vocabulary = 37, chunk = 5, steps = 4;
 struct TeacherRank {
   std::unique_ptr<Device> device = make_cpu_device(1);
   EncodedDataSource data{random_samples(30, real_vocabulary, 1), DataPlan{.shape = {4, 2, 1}}};
+  EncodedDataSource held_out{random_samples(7, real_vocabulary, 2), validation_plan(3, 1, 0, Layout::packed)};
+  Validation validation{&held_out, 3, steps};
   Transformer model;
   Teacher teacher;
 
   TeacherRank(DType dtype, bool tied)
       : model(*device, tiny_spec("qwen3", tied), dtype,
-              {.tokens = data.most_tokens(),
-               .supervised = data.most_supervised(),
+              {.tokens = std::max(data.most_tokens(), held_out.most_tokens()),
+               .supervised = std::max(data.most_supervised(), held_out.most_supervised()),
                .longest = 12,
                .trains = false,
                .recompute = Recompute::none}),
-        teacher(*device, model, real_vocabulary, data.most_tokens(), data.most_supervised()) {
+        teacher(*device, model, real_vocabulary, std::max(data.most_tokens(), held_out.most_tokens()),
+                std::max(data.most_supervised(), held_out.most_supervised())) {
     randomise(*device, model, 2);
   }
   Tensor head() {
@@ -44,10 +47,10 @@ struct TeacherRank {
 using Bytes = std::vector<std::byte>;
 
 // All logits of the run, as the student sees them.
-Bytes read_all(TeacherSource& source, const DataSource& data) {
+Bytes read_all(TeacherSource& source, const TeacherRank& rank) {
   Bytes all;
-  for (std::int64_t step = 0; step < steps; ++step)
-    for (const MicroBatch& micro : data.step(step).micro) {
+  const auto read = [&](const StepBatch& batch) {
+    for (const MicroBatch& micro : batch.micro) {
       source.begin(micro);
       const std::int64_t count = std::int64_t(micro.supervised.size());
       for (std::int64_t first = 0; first < count; first += chunk) {
@@ -57,12 +60,19 @@ Bytes read_all(TeacherSource& source, const DataSource& data) {
         source.release();
       }
     }
+  };
+  for (std::int64_t step = 0; step < steps; ++step) {
+    read(rank.data.step(step));
+    if (step == 2 || step == 3)  // after three steps, and at the end
+      for (const std::int64_t batch : {0, 1, 2}) read(rank.held_out.step(batch));
+  }
   return all;
 }
 
-std::int64_t positions_of(const DataSource& data) {
+std::int64_t positions_of(const TeacherRank& rank) {
   std::int64_t positions = 0;
-  for (std::int64_t step = 0; step < steps; ++step) positions += data.step(step).global_supervised;
+  for (std::int64_t step = 0; step < steps; ++step) positions += rank.data.step(step).global_supervised;
+  for (std::int64_t sample = 0; sample < 7; ++sample) positions += 2 * rank.held_out.samples()[sample].supervised();
   return positions;
 }
 
@@ -84,14 +94,15 @@ Bytes through_channel(DType dtype, bool tied, Payload payload, Way way) {
     if (pair.rank() == 1) {
       const auto sink = way == Way::memory ? make_shared_sink(end) : open_message_sink(pair, 0, shape);
       Alone stage;
-      TeacherLoop(*rank.device, rank.teacher, rank.data, sink.get(), chunk, payload, stage, stage).run(0, steps);
+      TeacherLoop(*rank.device, rank.teacher, rank.data, sink.get(), chunk, payload, stage, stage)
+          .run(0, steps, rank.validation);
       return;
     }
     auto source = way == Way::memory ? make_shared_source(end) : open_message_source(pair, 1, shape);
     if (payload == Payload::hidden)
       source = std::make_unique<HiddenTeacherSource>(*rank.device, std::move(source), rank.head(), chunk);
-    all = read_all(*source, rank.data);
-    check(source->bytes_moved() == positions_of(rank.data) * shape.columns * std::int64_t(size_of(dtype)),
+    all = read_all(*source, rank);
+    check(source->bytes_moved() == positions_of(rank) * shape.columns * std::int64_t(size_of(dtype)),
           source->bytes_moved(), " bytes moved");
   });
   return all;
@@ -105,9 +116,9 @@ TEST_CASE("every way of the teacher's logits gives the same bits") {
   CAPTURE(name_of(dtype), tied);
   TeacherRank local(dtype, tied);
   LocalTeacher in_turn(*local.device, local.teacher, dtype, chunk);
-  const Bytes expected = read_all(in_turn, local.data);
+  const Bytes expected = read_all(in_turn, local);
   REQUIRE(std::int64_t(expected.size()) ==
-          positions_of(local.data) * local.teacher.columns() * std::int64_t(size_of(dtype)));
+          positions_of(local) * local.teacher.columns() * std::int64_t(size_of(dtype)));
   for (const Way way : {Way::memory, Way::messages})
     for (const Payload payload : {Payload::logits, Payload::hidden}) {
       CAPTURE(int(way), int(payload));

@@ -53,16 +53,26 @@ class Process {
   // To the whole group: what a job's end does.
   void signal_group(int number) const { kill(-pid_, number); }
 
+  // Not yet ended; wait() tells how it did.
+  bool is_running() const {
+    siginfo_t info{};
+    return waitid(P_PID, id_t(pid_), &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == 0;
+  }
+
   // Its child with this NAME=value in the environment: a rank of mpirun. 0 where there is none.
   pid_t child_with(const std::string& variable) const {
-    const std::string own = "/proc/" + std::to_string(pid_);
-    std::ifstream children(own + "/task/" + std::to_string(pid_) + "/children");
-    for (pid_t child; children >> child;) {
-      std::ifstream environment("/proc/" + std::to_string(child) + "/environ");
+    for (const pid_t child : children()) {
+      std::ifstream environment(in_proc(child, "environ"));
       for (std::string one; std::getline(environment, one, '\0');)
         if (one == variable) return child;
     }
     return 0;
+  }
+  // Whether a child lives or has memory left to give back; one that has only not been waited for does not count.
+  bool has_children() const {
+    for (const pid_t child : children())
+      if (std::ifstream(in_proc(child, "environ")).peek() != std::ifstream::traits_type::eof()) return true;
+    return false;
   }
 
   struct Result {
@@ -79,6 +89,16 @@ class Process {
   }
 
  private:
+  static std::string in_proc(pid_t process, const std::string& name) {
+    return "/proc/" + std::to_string(process) + "/" + name;
+  }
+  std::vector<pid_t> children() const {
+    std::vector<pid_t> all;
+    std::ifstream list(in_proc(pid_, "task/" + std::to_string(pid_) + "/children"));
+    for (pid_t child; list >> child;) all.push_back(child);
+    return all;
+  }
+
   pid_t pid_ = -1;
   int output_ = -1;
 };

@@ -62,9 +62,8 @@ double flops(const ModelSpec& s, bool trains, double tokens, double length) {
          (trains ? 12 : 4) * double(s.layers) * double(s.q_cols()) * tokens * (length + 1) / 2;
 }
 
-Recompute recompute_named(const std::string& name) {
-  return name == "full" ? Recompute::full : name == "selective" ? Recompute::selective : Recompute::none;
-}
+const std::map<std::string, Recompute> recompute_named = {
+    {"none", Recompute::none}, {"full", Recompute::full}, {"selective", Recompute::selective}};
 
 double peak_memory_gib() {
   rusage usage{};
@@ -77,11 +76,15 @@ double peak_memory_gib() {
 int main(int argc, char** argv) {
   const std::string name = argc > 1 ? argv[1] : "quickstart";
   const DType dtype = argc > 2 && std::string(argv[2]) == "f32" ? DType::f32 : DType::bf16;
-  const Recompute recompute = argc > 5 ? recompute_named(argv[5]) : Recompute::none;
+  const std::string recompute = argc > 5 ? argv[5] : "none";
   const int steps = argc > 3 ? std::atoi(argv[3]) : 5,
             threads = argc > 4 ? std::atoi(argv[4]) : int(std::thread::hardware_concurrency());
   if (!pairs.contains(name)) {
     std::cerr << "no pair '" << name << "'; there are quickstart, smollm2, qwen2.5\n";
+    return 2;
+  }
+  if (!recompute_named.contains(recompute)) {
+    std::cerr << "no recomputation '" << recompute << "'; there are none, full, selective\n";
     return 2;
   }
   const Pair& pair = pairs.at(name);
@@ -100,7 +103,7 @@ int main(int argc, char** argv) {
                                    .supervised = data.most_supervised(),
                                    .longest = pair.sequence_length,
                                    .trains = true,
-                                   .recompute = recompute};
+                                   .recompute = recompute_named.at(recompute)};
   Transformer::Limits forward_only = limits;
   forward_only.trains = false;
   Transformer student(*device, pair.student, dtype, limits), teacher_model(*device, pair.teacher, dtype, forward_only);
