@@ -361,8 +361,9 @@ struct Config {
     v.section("checkpoint_config", s.checkpoint_config);
     v("max_steps", s.max_steps, at_least(-1), "above 0: overrides num_train_epochs");
     v("save_steps", s.save_steps, not_negative, "steps between checkpoints; 0: only the final one");
-    v("logging_steps", s.logging_steps, not_negative, "steps between lines of metrics; 0: never");
-    v("eval_steps", s.eval_steps, not_negative, "steps between validations; 0: never");
+    v("logging_steps", s.logging_steps, not_negative,
+      "steps between lines of metrics; 0: only of the last step, validations and skipped steps");
+    v("eval_steps", s.eval_steps, not_negative, "steps between validations; 0: only at the end");
     v("max_ckpt_to_keep", s.max_ckpt_to_keep, not_negative,
       "newest checkpoints that are kept, beside the best one; 0: all");
     v("resume_from_checkpoint", s.resume_from_checkpoint, anything,

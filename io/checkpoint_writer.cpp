@@ -145,8 +145,12 @@ void CheckpointWriter::write_checkpoint() {
   std::optional<DurableFolder> out;
   const std::string partial = begin(out);
   std::optional<StoredShard> mine;
-  ranks_->run_together([&] { mine = write_shard(partial); });
-  const std::vector<std::string> shards = ranks_->all_gather(mine ? to_json(*mine) : "");
+  std::string mine_json;  // empty where this rank owns nothing
+  ranks_->run_together([&] {
+    mine = write_shard(partial);
+    if (mine) mine_json = to_json(*mine);
+  });
+  const std::vector<std::string> shards = ranks_->all_gather(mine_json);
   ranks_->run_together([&] {
     if (is_first()) complete(*out, shards);
   });
@@ -197,8 +201,8 @@ void CheckpointWriter::complete(DurableFolder& out, const std::vector<std::strin
   for (const std::string& shard : shards)
     if (!shard.empty()) manifest.shards.push_back(parse_shard(shard));
   write_durably(fs::path(out.partial()) / "manifest.json", to_json(manifest));
+  ++serial_;  // also where what follows fails late: the folder may have its name by then
   out.commit();
-  ++serial_;
 }
 
 // Before older ones go: what the disk has not kept is removed again.
@@ -219,17 +223,20 @@ void CheckpointWriter::verify(const std::optional<StoredShard>& mine) {
 void CheckpointWriter::tidy() const {
   if (keep_ == 0 && !state_.validation_loss) return;
   const std::vector<CompleteCheckpoint> all = complete_checkpoints(folder_, [](const std::string&) {});
-  if (const CompleteCheckpoint* best = best_of(all)) mark(*best);
+  // A link that could not be changed still leads to the checkpoint that was best before: then none goes.
+  if (const CompleteCheckpoint* best = best_of(all); best && !mark(*best)) return;
   if (keep_ > 0) prune(all);
 }
 
 // Which one is best is read from all manifests every time, so a link that a kill kept from being changed is mended.
-void CheckpointWriter::mark(const CompleteCheckpoint& best) const {
+bool CheckpointWriter::mark(const CompleteCheckpoint& best) const {
   const fs::path link = fs::path(folder_) / best_name;
   try {
     replace_link(link, fs::path(best.path).filename());
+    return true;
   } catch (const Error& problem) {
     warn_(text("the best checkpoint, ", best.path, ", is not marked: ", problem.what()));
+    return false;
   }
 }
 

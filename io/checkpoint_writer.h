@@ -65,7 +65,7 @@ class CheckpointWriter {
   void complete(DurableFolder& out, const std::vector<std::string>& shards);
   void verify(const std::optional<StoredShard>& mine);
   void tidy() const;
-  void mark(const CompleteCheckpoint& best) const;
+  bool mark(const CompleteCheckpoint& best) const;
   void prune(const std::vector<CompleteCheckpoint>& complete) const;
   bool is_first() const { return ranks_->rank() == 0; }
 

@@ -36,4 +36,4 @@ rm -rf "$found"
 mkdir -p "$found"
 export UBSAN_OPTIONS=print_stacktrace=1
 if [ $# -gt 0 ]; then printf '%s\n' "$@"; else ls test/fuzz/corpus; fi |
-  xargs -P "$(nproc)" -I TARGET tools/fuzz.sh --one TARGET "$seconds"
+  xargs -P "$(nproc)" -I TARGET tools/fuzz.sh --one TARGET "$seconds" || exit 1  # xargs has codes of its own

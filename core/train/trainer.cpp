@@ -175,7 +175,7 @@ Trainer::End Trainer::run(TrainState& state) {
     if (nonfinite_in_a_row_ >= options_.max_nonfinite_steps) {
       try {
         finish_saves();
-      } catch (const Error&) {  // has been reported, and is not why the run ends
+      } catch (const CommonError&) {  // has been reported, and is not why the run ends
       }
       throw CommonError(ExitCode::non_finite,
                         text("loss or gradient norm was not finite ",

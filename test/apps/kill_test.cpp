@@ -102,6 +102,7 @@ class Victim {
   bool is_killed(int rank, Seconds moment) const {
     Process run(shop_.training(name("killed"), layout_.overrides, layout_.ranks));
     std::this_thread::sleep_for(moment);
+    bool is_sent = true;
     if (layout_.ranks == 0) {
       run.signal(SIGKILL);
     } else {
@@ -109,15 +110,16 @@ class Victim {
       pid_t process = 0;
       while ((process = run.child_with(variable)) == 0 && run.is_running())
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      if (process != 0) kill(process, SIGKILL);
+      is_sent = process != 0 && kill(process, SIGKILL) == 0;
     }
     end_hung_mpirun(run);
     const auto result = run.wait();
     std::cout << layout_.name << ": rank " << rank << " after " << moment.count() << " s: code " << result.code
               << std::endl;
     INFO(result.output);
-    // A resume that a kill made impossible would be bad input.
+    // A resume that a kill made impossible would be bad input; what nobody killed ends well.
     CHECK(result.code != 2);
+    if (!is_sent) CHECK(result.code == 0);
     return result.code != 0;
   }
 

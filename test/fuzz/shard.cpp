@@ -56,13 +56,7 @@ std::vector<std::byte> values(const StoredMatrix& m) {
 
 StoredDataset write(Hdf5Writer& file, StoredMatrix m, std::size_t number) {
   if (number > 0) m.name += "#" + std::to_string(number);
-  const std::vector<std::byte> all = values(m);
-  const FileRange range = file.write(m, [&](const Slab& slab, std::span<std::byte> to) {
-    for (std::int64_t r = 0; r < slab.rows; ++r)
-      std::memcpy(to.data() + std::size_t(r * slab.cols) * size_of(m.dtype),
-                  all.data() + std::size_t((slab.first_row + r) * m.cols + slab.first_col) * size_of(m.dtype),
-                  std::size_t(slab.cols) * size_of(m.dtype));
-  });
+  const FileRange range = file.write(m, values(m));
   return {.tensor = "values/x", .matrix = m, .range = range, .crc = 0};
 }
 
