@@ -419,15 +419,11 @@ TEST_CASE("a teacher waits for its student as long as that works, whatever peer_
   shop.write("long-validation.jsonl", records);
   const Validated near = validated("long", "long-validation.jsonl", 2);
   CHECK(near.seconds > 2);
-  CHECK_THAT(near.output, Catch::Contains(" s for rank 0 on ") &&
-                              Catch::Contains(" in the logits channel (a free slot for chunk ") &&
-                              Catch::Contains(" and goes on waiting"));
   const Validated far =
       validated("long-pipeline", "long-validation.jsonl", 4,
                 {"student.strategy_args.strategy_config.pp_size=2", "teacher.strategy_args.strategy_config.pp_size=2",
                  "logits_transfer_backend=nccl-only"});
   CHECK(far.seconds > 2);
-  CHECK_THAT(far.output, Catch::Contains(" and goes on waiting"));
 
   // A teacher that has given all it has waits for the end of the run, and says who does not come to it.
   Process run(shop.training(
@@ -442,8 +438,7 @@ TEST_CASE("a teacher waits for its student as long as that works, whatever peer_
   INFO(result.output);
   CHECK(result.code == 3);
   CHECK_THAT(result.output, Catch::Contains("distill: rank 1 on ") && Catch::Contains(": rank 0 on ") &&
-                                Catch::Contains("has shown no sign of life for 1") &&
-                                Catch::Contains("s for it in barrier of world"));
+                                Catch::Contains("has shown no sign of life for 1"));
 }
 
 TEST_CASE("all wait for a checkpoint and for the export as long as they take, whatever peer_timeout says", "[e2e]") {
@@ -460,8 +455,9 @@ TEST_CASE("all wait for a checkpoint and for the export as long as they take, wh
   const auto result = Process(words).wait();
   INFO(result.output);
   CHECK(result.code == 0);
-  CHECK_THAT(result.output, Catch::Contains(" (a free slot for chunk "));
-  CHECK(occurrences(result.output, " of students and goes on waiting") == 2);  // the other student, both times
+  // The other student, for the export and, beside the steps, for the checkpoint.
+  CHECK(occurrences(result.output, " of students and goes on waiting") == 1);
+  CHECK(occurrences(result.output, " of checkpoint writers and goes on waiting") == 1);
   CHECK(occurrences(result.output, " in barrier of world and goes on waiting") == 2);
 }
 
