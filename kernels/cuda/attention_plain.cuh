@@ -50,18 +50,16 @@ struct LaneColumns {
   __device__ void add(const C* weight, const T* rows, int head_dim) {
     for (int j = 0; j < tile; ++j) {
       const C w = weight[j];
-      for (int i = 0; i < most; ++i) {
+      UNROLL for (int i = 0; i < most; ++i) {
         const int c = Warp().lane() + i * Warp::size;
         if (c < head_dim) value[i] += w * C(rows[j * padded(head_dim) + c]);
       }
     }
   }
-  __device__ void scale(C by) {
-    for (int i = 0; i < most; ++i) value[i] *= by;
-  }
+  __device__ void scale(C by) { UNROLL for (int i = 0; i < most; ++i) value[i] *= by; }
   template <class T>
   __device__ void store(T* to, int head_dim) const {
-    for (int i = 0; i < most; ++i) {
+    UNROLL for (int i = 0; i < most; ++i) {
       const int c = Warp().lane() + i * Warp::size;
       if (c < head_dim) to[c] = T(value[i]);
     }
@@ -91,7 +89,7 @@ __global__ void __launch_bounds__(128) attention_kernel(AttentionArguments<T> a)
   LaneColumns<C, most> out[Plan::rows_each];
   C largest[Plan::rows_each], sum[Plan::rows_each];  // of this lane's keys, relative to `largest`
   int sees[Plan::rows_each];
-  for (int i = 0; i < Plan::rows_each; ++i) {
+  UNROLL for (int i = 0; i < Plan::rows_each; ++i) {
     const int t = first + warp * Plan::rows_each + i;
     largest[i] = lowest<C>, sum[i] = 0;
     sees[i] = t < end ? first_key(a, t) : t + 1;
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__(128) attention_kernel(AttentionArguments<T> a)
     load_rows(k, a.k, from, tile, end, kv_head, d);
     load_rows(v, a.v, from, tile, end, kv_head, d);
     __syncthreads();
-    for (int i = 0; i < Plan::rows_each; ++i) {
+    UNROLL for (int i = 0; i < Plan::rows_each; ++i) {
       const int row = warp * Plan::rows_each + i, t = first + row, j = from + lane;
       const bool is_seen = j >= sees[i] && j <= t;
       const C score = is_seen ? a.scale * dot(q + row * padded(d), k + lane * padded(d), d) : lowest<C>;
@@ -117,7 +115,7 @@ __global__ void __launch_bounds__(128) attention_kernel(AttentionArguments<T> a)
       out[i].add(weights, v, d);
     }
   }
-  for (int i = 0; i < Plan::rows_each; ++i) {
+  UNROLL for (int i = 0; i < Plan::rows_each; ++i) {
     const int t = first + warp * Plan::rows_each + i;
     const C total = Warp().sum(sum[i]);
     if (t >= end) continue;
@@ -163,7 +161,7 @@ __global__ void __launch_bounds__(128) attention_dq_kernel(AttentionArguments<T>
     load_rows(k, a.k, from, tile, end, kv_head, d);
     load_rows(v, a.v, from, tile, end, kv_head, d);
     __syncthreads();
-    for (int i = 0; i < Plan::rows_each; ++i) {
+    UNROLL for (int i = 0; i < Plan::rows_each; ++i) {
       const int row = warp * Plan::rows_each + i, t = first + row, j = from + lane;
       C slope = 0;
       if (t < end && j >= first_key(a, t) && j <= t) {
@@ -177,7 +175,7 @@ __global__ void __launch_bounds__(128) attention_dq_kernel(AttentionArguments<T>
       dq[i].add(weights, k, d);
     }
   }
-  for (int i = 0; i < Plan::rows_each; ++i) {
+  UNROLL for (int i = 0; i < Plan::rows_each; ++i) {
     const int t = first + warp * Plan::rows_each + i;
     if (t >= end) continue;
     dq[i].scale(a.scale);
@@ -210,7 +208,7 @@ __global__ void __launch_bounds__(128) attention_dkdv_kernel(AttentionArguments<
       load_rows(dout, a.dout, from, tile, query_end, head, d);
       __syncthreads();
       const int t = from + lane, sees = t < query_end ? first_key(a, t) : t + 1;
-      for (int i = 0; i < Plan::rows_each; ++i) {
+      UNROLL for (int i = 0; i < Plan::rows_each; ++i) {
         const int row = warp * Plan::rows_each + i, j = first + row;
         C p = 0, slope = 0;
         if (j < end && j >= sees && j <= t) {
@@ -226,7 +224,7 @@ __global__ void __launch_bounds__(128) attention_dkdv_kernel(AttentionArguments<
         dk[i].add(slopes, q, d);
       }
     }
-  for (int i = 0; i < Plan::rows_each; ++i) {
+  UNROLL for (int i = 0; i < Plan::rows_each; ++i) {
     const int j = first + warp * Plan::rows_each + i;
     if (j >= end) continue;
     dk[i].scale(a.scale);

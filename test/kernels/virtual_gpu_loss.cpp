@@ -34,7 +34,7 @@ class OnDevice {
 void loss_under_test(View dlogits, View terms, const ConstView& student, const ConstView& teacher,
                      const ConstView& labels, const LossSpec& spec, float scale, int, LossScratch&,
                      const VocabularyShard& shard) {
-  static const std::unique_ptr<Device> device = make_cuda_device(0);
+  thread_local const std::unique_ptr<Device> device = make_cuda_device(0);  // ranks may be threads
   OnDevice d(*device, dlogits), t(*device, terms), s(*device, student), q(*device, teacher), l(*device, labels);
   device->distill_loss(d.view(), t.view(), s.view(), q.view(), l.view(), spec, scale, shard);
   d.download(dlogits);
