@@ -386,51 +386,59 @@ TEST_CASE("the configured patience decides when a silent rank is given up", "[e2
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(15));  // the default is 20
 }
 
-// Validation after the first of two steps, while the teacher waits for a free slot, and at the end, when it is done.
-TEST_CASE("a teacher waits for its student as long as that works, whatever peer_timeout says", "[e2e]") {
+// A run of few, short steps and one slot of logits a chunk, on a disk that takes so long to keep the files named.
+std::vector<std::string> on_slow_disk(const Workshop& shop, const std::string& name, const std::string& files,
+                                      const std::string& seconds, int ranks,
+                                      const std::vector<std::string>& more = {}) {
+  std::vector<std::string> overrides{"max_steps=3",
+                                     "save_steps=1",
+                                     "eval_steps=0",
+                                     "student.training_args.per_device_train_batch_size=2",
+                                     "teacher_payload=logits",
+                                     "logits_chunk=8",
+                                     "logits_ring_slots=1",
+                                     "peer_dead_after=1s",
+                                     "peer_timeout=2s"};
+  overrides.insert(overrides.end(), more.begin(), more.end());
+  std::vector<std::string> words = shop.training(name, overrides, ranks);
+  words.insert(words.begin(), {"LD_PRELOAD=" DISTILL_SLOW_DISK, "ASAN_OPTIONS=verify_asan_link_order=0",
+                               "SLOW_FILES=" + files, "SLOW_SECONDS=" + seconds});
+  return words;
+}
+
+TEST_CASE("all wait for a checkpoint and for the export as long as they take, whatever peer_timeout says", "[e2e]") {
   const Workshop shop({.student_layers = 2});
   shop.make_teacher();
-  const std::vector<std::string> settings = {
-      "eval_steps=1",    "save_steps=0",   "student.infer_batch_size=1", "teacher_payload=logits", "peer_dead_after=1s",
-      "peer_timeout=2s", "logits_chunk=8", "logits_ring_slots=1"};
-  const auto with = [&](const std::string& file, const std::vector<std::string>& more) {
-    std::vector<std::string> all = settings;
-    all.push_back("validation.data_args.file_name=" + shop.path(file));
-    all.insert(all.end(), more.begin(), more.end());
-    return all;
-  };
-  struct Validated {
-    double seconds;
-    std::string output;
-  };
-  const auto validated = [&](const std::string& name, const std::string& file, int ranks,
-                             const std::vector<std::string>& grid = {}) -> Validated {
-    std::vector<std::string> more{"max_steps=2"};
-    more.insert(more.end(), grid.begin(), grid.end());
-    const auto result = shop.train(name, with(file, more), ranks);
+  const std::string files = "step-000001.partial/manifest.json:export.partial/config.json";
+  SECTION("two data-parallel students") {
+    const auto result = Process(on_slow_disk(shop, "slow", files, "3", 4)).wait();
     INFO(result.output);
     CHECK(result.code == 0);
-    const std::string before = "beside the steps: validation ";
-    return {std::stod(result.output.substr(result.output.rfind(before) + before.size())) / 2, result.output};
-  };
-  const double seconds = validated("short", "train.jsonl", 0).seconds;  // of 60 records, at this machine's speed
-  std::string records;
-  for (double all = 0; all < 3.5; all += seconds) records += contents(shop.path("train.jsonl"));
-  shop.write("long-validation.jsonl", records);
-  const Validated near = validated("long", "long-validation.jsonl", 2);
-  CHECK(near.seconds > 2);
-  const Validated far =
-      validated("long-pipeline", "long-validation.jsonl", 4,
-                {"student.strategy_args.strategy_config.pp_size=2", "teacher.strategy_args.strategy_config.pp_size=2",
-                 "logits_transfer_backend=nccl-only"});
-  CHECK(far.seconds > 2);
+    // The second save waits for the first, so both teachers for their students.
+    CHECK(occurrences(result.output, " (a free slot for chunk ") == 2);
+    // The other student, for the export and, beside the steps, for the checkpoint.
+    CHECK(occurrences(result.output, " of students and goes on waiting") == 1);
+    CHECK(occurrences(result.output, " of checkpoint writers and goes on waiting") == 1);
+    CHECK(occurrences(result.output, " in barrier of world and goes on waiting") == 2);
+  }
+  SECTION("a pipeline of two stages, logits as messages") {
+    const auto result =
+        Process(on_slow_disk(shop, "slow-pipeline", files, "3", 4,
+                             {"student.strategy_args.strategy_config.pp_size=2",
+                              "teacher.strategy_args.strategy_config.pp_size=2", "logits_transfer_backend=nccl-only"}))
+            .wait();
+    INFO(result.output);
+    CHECK(result.code == 0);
+    CHECK_THAT(result.output, Catch::Contains(" (a free slot for chunk "));
+  }
+}
 
-  // A teacher that has given all it has waits for the end of the run, and says who does not come to it.
-  Process run(shop.training(
-      "silent", with("long-validation.jsonl", {"max_steps=1", "logits_ring_slots=100", "peer_timeout=10m"}), 2));
-  const fs::path csv = shop.path("logs/silent/metrics.csv");
-  for (int i = 0; i < 3000 && !fs::exists(csv); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  std::this_thread::sleep_for(std::chrono::milliseconds(1000));
+TEST_CASE("a student that stops during the export is noticed by the teacher that waits for the end", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  Process run(on_slow_disk(shop, "silent", "export.partial/config.json", "10", 2, {"peer_timeout=10m"}));
+  for (int i = 0; i < 3000 && !fs::exists(shop.path("silent/.export.partial")); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
   const pid_t student = run.child_with("OMPI_COMM_WORLD_RANK=0");
   REQUIRE(student > 0);
   REQUIRE(kill(student, SIGSTOP) == 0);
@@ -438,27 +446,8 @@ TEST_CASE("a teacher waits for its student as long as that works, whatever peer_
   INFO(result.output);
   CHECK(result.code == 3);
   CHECK_THAT(result.output, Catch::Contains("distill: rank 1 on ") && Catch::Contains(": rank 0 on ") &&
-                                Catch::Contains("has shown no sign of life for 1"));
-}
-
-TEST_CASE("all wait for a checkpoint and for the export as long as they take, whatever peer_timeout says", "[e2e]") {
-  const Workshop shop;
-  shop.make_teacher();
-  std::vector<std::string> words = shop.training(
-      "slow",
-      {"max_steps=2", "save_steps=1", "eval_steps=0", "student.training_args.per_device_train_batch_size=2",
-       "teacher_payload=logits", "logits_chunk=8", "logits_ring_slots=1", "peer_dead_after=1s", "peer_timeout=2s"},
-      4);
-  words.insert(words.begin(),
-               {"LD_PRELOAD=" DISTILL_SLOW_DISK, "ASAN_OPTIONS=verify_asan_link_order=0",
-                "SLOW_FILES=step-000001.partial/manifest.json:export.partial/config.json", "SLOW_SECONDS=3"});
-  const auto result = Process(words).wait();
-  INFO(result.output);
-  CHECK(result.code == 0);
-  // The other student, for the export and, beside the steps, for the checkpoint.
-  CHECK(occurrences(result.output, " of students and goes on waiting") == 1);
-  CHECK(occurrences(result.output, " of checkpoint writers and goes on waiting") == 1);
-  CHECK(occurrences(result.output, " in barrier of world and goes on waiting") == 2);
+                                Catch::Contains("has shown no sign of life for 1") &&
+                                Catch::Contains("s for it in barrier of world"));
 }
 
 TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {
