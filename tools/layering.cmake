@@ -1,6 +1,6 @@
 # Fails when a folder includes what it may not see: cmake -DROOT=<source folder> -P tools/layering.cmake
 #   core includes core; kernels, parallel and io include core and themselves; apps includes all of them.
-# Also: no raw kernel launch, no backend #if in shared code.
+# Also: x.cpp includes x.h first, so that x.h compiles alone; no raw kernel launch, no backend #if in shared code.
 
 set(core_may core)
 set(kernels_may core kernels)
@@ -19,6 +19,13 @@ foreach(folder core kernels parallel io apps)
        ${ROOT}/${folder}/*.cuh)
   foreach(file ${files})
     file(STRINGS ${ROOT}/${file} includes REGEX "^#[ ]*include")
+    string(REGEX REPLACE "cpp$" "h" own_header ${file})
+    if(file MATCHES "cpp$" AND EXISTS ${ROOT}/${own_header})
+      list(GET includes 0 first)
+      if(NOT first STREQUAL "#include \"${own_header}\"")
+        list(APPEND complaints "${file}: ${first} (its own header comes first)")
+      endif()
+    endif()
     foreach(line ${includes})
       if(line MATCHES "\"([a-z_]+)/" AND NOT CMAKE_MATCH_1 STREQUAL "hwy")
         list(FIND ${folder}_may ${CMAKE_MATCH_1} allowed)
