@@ -78,18 +78,19 @@ TrainState resume(const RunPlan& plan, CheckpointStore& store, StudentSide& stud
   return state;
 }
 
+// Where a run writes beside its own folder.
+std::vector<std::string> run_folders(const Config& config) {
+  return {config.checkpoint_dir().parent_path().string(), config.log_dir().string()};
+}
+
 // What the first student writes beside checkpoints and export.
 std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, const RunPlan& plan,
                                                       std::int64_t first_step,
                                                       const std::function<void(const std::string&)>& warn) {
   const Config& config = plan.config;
-  const std::filesystem::path log_dir = config.log_dir();
-  std::error_code error;
-  std::filesystem::create_directories(log_dir, error);
-  check_input(!error, log_dir.string(), ": cannot create: ", error.message());
-  auto sinks =
-      make_sinks(config.track_with,
-                 {.folder = log_dir.string(), .names = metric_names(), .resumed_step = first_step, .warn = warn});
+  auto sinks = make_sinks(
+      config.track_with,
+      {.folder = config.log_dir().string(), .names = metric_names(), .resumed_step = first_step, .warn = warn});
   // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
   const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
   sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps, [] {
@@ -118,7 +119,7 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   const bool leads = world.rank() == 0;  // the first student: writes what is written once
   std::optional<RunFolder> folder;
   world.run_together([&] {
-    if (leads) folder.emplace(config.run_dir().string());
+    if (leads) folder.emplace(config.run_dir().string(), run_folders(config));
   });
   world.run_together([&] { device = make_device(devices, world.rank(), threads); });
   move_to_device(groups, *device, devices);

@@ -171,6 +171,16 @@ TEST_CASE("of two runs in one folder the second is told who holds it, and starts
   CHECK(holder.starts_with("process "));
   const auto refused = train(shop, "shared", plain(100000), 2);
   CHECK(occurrences(refused.output, shop.path("shared") + ": is in use by " + holder + "; wait for that run") == 1);
+  // Other folders, but one of those that the first run writes into.
+  const std::string elsewhere = "output_dir=" + shop.path("elsewhere");
+  const auto logs = train(shop, "shared", plain(100000, {elsewhere}), 2);
+  CHECK(occurrences(logs.output, shop.path("logs/shared") + ": is in use by " + holder + "; wait for that run") == 1);
+  const auto checkpoints = train(shop, "shared",
+                                 plain(100000, {elsewhere, "logging_dir=" + shop.path("other-logs"),
+                                                "checkpoint_config.output_dir=" + shop.path("")}),
+                                 2);
+  CHECK(occurrences(checkpoints.output, shop.path("shared") + ": is in use by " + holder) == 1);
+  CHECK_FALSE(fs::exists(shop.path("other-logs/shared/metrics.csv")));
   CHECK(first.is_running());
   first.signal(SIGKILL);
   CHECK(first.wait().code == 128 + SIGKILL);
