@@ -330,12 +330,10 @@ CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads
 namespace {
 
 void check_no_old_checkpoints(const fs::path& folder) {
-  std::error_code missing;
-  for (const auto& entry : fs::directory_iterator(folder, missing))
-    check_input(!entry.path().filename().string().starts_with("step-"), folder.string(),
-                ": holds checkpoints of an earlier run (", entry.path().filename().string(),
-                "): set resume_from_checkpoint=true to go on with it, choose another exp_name, or remove the folder to "
-                "start again");
+  for (const FoundCheckpoint& older : find_checkpoints(folder))
+    fail_input(folder.string(), ": holds checkpoints of an earlier run (", fs::path(older.path).filename().string(),
+               "): set resume_from_checkpoint=true to go on with it, choose another exp_name, or remove the folder to "
+               "start again");
 }
 
 }  // namespace

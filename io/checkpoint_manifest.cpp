@@ -14,6 +14,7 @@
 
 #include "core/error.h"
 #include "io/crc32c.h"
+#include "io/durable_file.h"
 #include "io/strict_json.h"
 
 namespace distill {
@@ -292,8 +293,9 @@ std::vector<FoundCheckpoint> find_checkpoints(const std::string& folder) {
   std::vector<FoundCheckpoint> found;
   std::error_code missing;
   for (const fs::directory_entry& entry : fs::directory_iterator(folder, missing)) {
-    const auto step = step_in(entry.path().filename().string());
-    if (!step) continue;
+    const std::string name = entry.path().filename(), before = name_before_replacement(name);
+    const auto step = step_in(before.empty() ? name : before);
+    if (!step || (!before.empty() && fs::exists(fs::path(folder) / before))) continue;
     FoundCheckpoint& checkpoint = found.emplace_back();
     checkpoint.path = entry.path();
     checkpoint.step = *step;

@@ -67,7 +67,8 @@ struct FoundCheckpoint {
   std::optional<CheckpointManifest> manifest;
   std::string problem;
 };
-// Those of a folder, by step.
+// Those of a folder, by step. One that a kill left while it was being replaced (durable_file.h) counts where its
+// successor has not come to the name.
 std::vector<FoundCheckpoint> find_checkpoints(const std::string& folder);
 
 // A checkpoint whose manifest and file sizes are right.

@@ -152,11 +152,17 @@ void CheckpointWriter::write_checkpoint() {
   });
   const std::vector<std::string> shards = ranks_->all_gather(mine_json);
   ranks_->run_together([&] {
-    if (is_first()) complete(*out, shards);
+    if (is_first()) put_manifest(partial, shards);
   });
-  if (keep_ > 0) verify(mine);
+  // Before an older one goes.
+  if (keep_ > 0 || ranks_->any(is_first() && out->replaces()))
+    ranks_->run_together([&] {
+      if (mine) read_back(partial, *mine);
+    });
   ranks_->run_together([&] {
-    if (is_first()) tidy();
+    if (!is_first()) return;
+    out->commit();
+    tidy();
   });
 }
 
@@ -196,28 +202,12 @@ std::optional<StoredShard> CheckpointWriter::write_shard(const std::string& fold
 }
 
 // The files of all ranks are there.
-void CheckpointWriter::complete(DurableFolder& out, const std::vector<std::string>& shards) {
+void CheckpointWriter::put_manifest(const std::string& folder, const std::vector<std::string>& shards) {
   CheckpointManifest manifest{.serial = serial_ + 1, .written = utc_now(), .state = state_, .run = run_, .shards = {}};
   for (const std::string& shard : shards)
     if (!shard.empty()) manifest.shards.push_back(parse_shard(shard));
-  write_durably(fs::path(out.partial()) / "manifest.json", to_json(manifest));
+  write_durably(fs::path(folder) / "manifest.json", to_json(manifest));
   ++serial_;  // also where what follows fails late: the folder may have its name by then
-  out.commit();
-}
-
-// Before older ones go: what the disk has not kept is removed again.
-void CheckpointWriter::verify(const std::optional<StoredShard>& mine) {
-  const std::string path = fs::path(folder_) / name_of_step(state_.step);
-  try {
-    ranks_->run_together([&] {
-      if (mine) read_back(path, *mine);
-    });
-  } catch (const CommonError&) {
-    ranks_->run_together([&] {
-      if (is_first()) remove_folder(path);
-    });
-    throw;
-  }
 }
 
 void CheckpointWriter::tidy() const {

@@ -32,7 +32,8 @@ class CheckpointWriter {
   using Warn = std::function<void(const std::string&)>;
 
   // `ranks`: all that own state; the writer talks to them in a group of its own. `keep` > 0: so many of the newest
-  // checkpoints stay, and the best one; the others go once a new one has been read back.
+  // checkpoints stay, and the best one; the others go once a new one has been read back. So does an older checkpoint of
+  // the same step, whatever `keep` is.
   CheckpointWriter(std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Communicator& ranks,
                    Warn warn);
   // Waits until all is written. While an exception passes it leaves off instead: that checkpoint will not exist.
@@ -62,8 +63,7 @@ class CheckpointWriter {
   void write_checkpoint();
   std::string begin(std::optional<class DurableFolder>& out);
   std::optional<StoredShard> write_shard(const std::string& folder) const;
-  void complete(DurableFolder& out, const std::vector<std::string>& shards);
-  void verify(const std::optional<StoredShard>& mine);
+  void put_manifest(const std::string& folder, const std::vector<std::string>& shards);
   void tidy() const;
   bool mark(const CompleteCheckpoint& best) const;
   void prune(const std::vector<CompleteCheckpoint>& complete) const;

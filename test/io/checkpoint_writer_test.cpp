@@ -191,7 +191,7 @@ TEST_CASE("what the disk has not kept is removed, and the one before stays", "[w
   disk_forgets = true;
   rank.save(2);
   CHECK(refusal(scratch.path(), [&] { rank.writer->finish(); }) ==
-        "checkpoints/step-000002/student-pp0-tp0-dp0.h5: values/w is damaged (its checksum does not match)");
+        "checkpoints/.step-000002.partial/student-pp0-tp0-dp0.h5: values/w is damaged (its checksum does not match)");
   disk_forgets = false;
   CHECK(rank.warned().size() == 1);
   CHECK(names_in(rank.folder) == Lines{"step-000001"});
@@ -199,6 +199,33 @@ TEST_CASE("what the disk has not kept is removed, and the one before stays", "[w
   rank.writer->finish();
   CHECK(names_in(rank.folder) == Lines{"step-000002"});
   CHECK(rank.value("step-000002", 0) == 20);
+}
+
+TEST_CASE("an older checkpoint of the same step goes once the new one has been read back", "[writer]") {
+  const ScratchFolder scratch;
+  std::atomic<int> refused = 0;
+  run_ranks(2, [&](Communicator& world) {
+    Rank rank(scratch, world);  // which keeps all and so reads none back
+    rank.save(1);
+    rank.save(2);
+    rank.writer->finish();
+    const auto serial = [&] { return read_manifest(rank.folder + "/step-000002").serial; };
+    check(serial() == 2, "the older one");
+    world.barrier();
+    disk_forgets = true;
+    world.barrier();
+    rank.save(2);
+    refused += error_of([&] { rank.writer->finish(); }).code() == ExitCode::bad_input;
+    world.barrier();
+    disk_forgets = false;
+    check(names_in(rank.folder) == Lines{"step-000001", "step-000002"}, "something else is there");
+    check(serial() == 2 && rank.value("step-000002", 0) == 20 && rank.value("step-000002", 1) == 21, "it is gone");
+    world.barrier();
+    rank.save(2);
+    rank.writer->finish();
+    check(serial() > 2 && rank.value("step-000002", 1) == 21, "the newer one");
+  });
+  CHECK(refused == 2);
 }
 
 TEST_CASE("a rank that fails is not waited for, and does not wait", "[writer]") {
