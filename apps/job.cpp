@@ -85,12 +85,14 @@ std::vector<std::string> run_folders(const Config& config) {
 
 // What the first student writes beside checkpoints and export.
 std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, const RunPlan& plan,
-                                                      std::int64_t first_step,
+                                                      const TrainState& state,
                                                       const std::function<void(const std::string&)>& warn) {
   const Config& config = plan.config;
-  auto sinks = make_sinks(
-      config.track_with,
-      {.folder = config.log_dir().string(), .names = metric_names(), .resumed_step = first_step, .warn = warn});
+  auto sinks = make_sinks(config.track_with, {.folder = config.log_dir().string(),
+                                              .names = metric_names(),
+                                              .resumed_step = state.step,
+                                              .last_record = state.last_record,
+                                              .warn = warn});
   // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
   const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
   sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps, [] {
@@ -149,18 +151,20 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
     });
   });
   const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
+  std::vector<std::unique_ptr<MetricSink>> sinks;  // before the checkpoints, whose thread uses them
   std::optional<CheckpointFolder> checkpoints;
   TrainState state;
-  std::vector<std::unique_ptr<MetricSink>> sinks;
   run_long(world, [&] {
     const WaitForWork patience(*groups.role);
     if (studies) {
       checkpoints.emplace(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
                           StoredPlace{place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
-                          *groups.role, warn);
+                          *groups.role, warn, [&] {
+                            for (const auto& metrics : sinks) metrics->sync();
+                          });
       state = resume(plan, *checkpoints, *student, say);
     }
-    if (leads) sinks = open_outputs(*folder, plan, state.step, warn);
+    if (leads) sinks = open_outputs(*folder, plan, state, warn);
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {

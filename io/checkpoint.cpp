@@ -23,14 +23,15 @@ StoredMatrix stored(const CheckpointTensor& tensor) {
 }  // namespace
 
 CheckpointFolder::CheckpointFolder(std::string folder, CheckpointRun run, const StoredPlace& place, int keep,
-                                   Device& device, Communicator& ranks, Warn warn)
+                                   Device& device, Communicator& ranks, Warn warn,
+                                   CheckpointWriter::BeforeCommit before_commit)
     : folder_(std::move(folder)),
       run_(std::move(run)),
       nearest_(shard_name(place)),
       device_(device),
       ranks_(ranks),
       warn_(std::move(warn)),
-      writer_(folder_, run_, place, keep, ranks, warn_) {}
+      writer_(folder_, run_, place, keep, ranks, warn_, std::move(before_commit)) {}
 
 void CheckpointFolder::warn(const std::string& message) const {
   if (ranks_.rank() == 0) warn_(message);

@@ -21,8 +21,9 @@ class CheckpointFolder final : public CheckpointStore {
 
   // `ranks`: all that own state, and all make the store together. `keep` > 0: so many checkpoints stay; the oldest go
   // once a new one is complete.
-  CheckpointFolder(std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Device& device,
-                   Communicator& ranks, Warn warn);
+  CheckpointFolder(
+      std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Device& device, Communicator& ranks,
+      Warn warn, CheckpointWriter::BeforeCommit before_commit = [] {});
 
   void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) override;
   void finish() override { writer_.finish(); }

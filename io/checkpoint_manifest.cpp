@@ -108,6 +108,7 @@ json state_json(const TrainState& s) {
           {"nonfinite_in_a_row", s.nonfinite_in_a_row},
           {"validation_loss", s.validation_loss ? json(*s.validation_loss) : json()},
           {"outlier_steps", s.outlier_steps},
+          {"last_record", s.last_record},
           {"recent_losses", s.recent_losses},
           {"recent_gradient_norms", s.recent_gradient_norms}};
 }
@@ -129,6 +130,7 @@ TrainState state_from(const json& value) {
           .validation_loss = optional_number(value, "validation_loss"),
           // Older checkpoints lack these.
           .outlier_steps = value.value("outlier_steps", std::int64_t(0)),
+          .last_record = value.value("last_record", std::int64_t(0)),
           .recent_losses = value.value("recent_losses", std::vector<double>()),
           .recent_gradient_norms = value.value("recent_gradient_norms", std::vector<double>())};
 }

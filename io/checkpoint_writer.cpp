@@ -72,13 +72,14 @@ std::string shard_name(const StoredPlace& place) {
 }
 
 CheckpointWriter::CheckpointWriter(std::string folder, CheckpointRun run, const StoredPlace& place, int keep,
-                                   Communicator& ranks, Warn warn)
+                                   Communicator& ranks, Warn warn, BeforeCommit before_commit)
     : folder_(std::move(folder)),
       run_(std::move(run)),
       place_(place),
       keep_(keep),
       ranks_(ranks.split(0, ranks.rank(), "checkpoint writers")),
       warn_(std::move(warn)),
+      before_commit_(std::move(before_commit)),
       exceptions_at_start_(std::uncaught_exceptions()) {}
 
 CheckpointWriter::~CheckpointWriter() {
@@ -161,6 +162,7 @@ void CheckpointWriter::write_checkpoint() {
     });
   ranks_->run_together([&] {
     if (!is_first()) return;
+    before_commit_();
     out->commit();
     tidy();
   });

@@ -30,12 +30,16 @@ class CheckpointWriter {
  public:
   // Called on the first rank only, on whichever thread.
   using Warn = std::function<void(const std::string&)>;
+  // Called on the first rank only, on the writer's thread, before a checkpoint gets its name: makes durable what must
+  // not be behind it.
+  using BeforeCommit = std::function<void()>;
 
   // `ranks`: all that own state; the writer talks to them in a group of its own. `keep` > 0: so many of the newest
   // checkpoints stay, and the best one; the others go once a new one has been read back. So does an older checkpoint of
   // the same step, whatever `keep` is.
-  CheckpointWriter(std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Communicator& ranks,
-                   Warn warn);
+  CheckpointWriter(
+      std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Communicator& ranks, Warn warn,
+      BeforeCommit before_commit = [] {});
   // Waits until all is written. While an exception passes it leaves off instead: that checkpoint will not exist.
   ~CheckpointWriter();
   CheckpointWriter(const CheckpointWriter&) = delete;
@@ -75,6 +79,7 @@ class CheckpointWriter {
   int keep_;
   std::unique_ptr<Communicator> ranks_;
   Warn warn_;
+  BeforeCommit before_commit_;
   int exceptions_at_start_;
   std::atomic<bool> is_abandoned_ = false;
 

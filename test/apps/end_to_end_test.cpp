@@ -433,6 +433,22 @@ TEST_CASE("all wait for a checkpoint and for the export as long as they take, wh
   }
 }
 
+TEST_CASE("metrics are on the disk before the checkpoint of their step has its name", "[e2e]") {
+  const Workshop shop;
+  Process run(on_slow_disk(shop, "metrics", "metrics.csv", "2", 0, {"distill_loss_weight=0", "max_steps=1"}));
+  const auto is_there = [&](const std::string& name) { return fs::exists(shop.path("metrics/checkpoints/" + name)); };
+  for (int i = 0; i < 3000 && !is_there(".step-000001.partial/manifest.json"); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  REQUIRE(is_there(".step-000001.partial/manifest.json"));
+  CHECK(shop.losses("metrics").size() == 1);
+  std::this_thread::sleep_for(std::chrono::seconds(1));
+  CHECK_FALSE(is_there("step-000001"));
+  const auto result = run.wait();
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK(is_there("step-000001"));
+}
+
 TEST_CASE("a student that stops during the export is noticed by the teacher that waits for the end", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();

@@ -189,6 +189,25 @@ TEST_CASE("of two runs in one folder the second is told who holds it, and starts
   CHECK_THAT(next.output, Catch::Contains("resumed from " + shop.path("shared/checkpoints/step-")));
 }
 
+TEST_CASE("metrics that a loss of power took are told, and the run goes on", "[faults]") {
+  const Workshop shop;
+  train(shop, "gap", plain(5, {"logging_steps=3", "save_steps=5"}));
+  const std::string csv = "logs/gap/metrics.csv", lines = contents(shop.path(csv));
+  CHECK(shop.losses("gap").size() == 2);  // of steps 3 and 5
+  shop.write(csv, lines.substr(0, lines.rfind('\n', lines.size() - 2) + 1));
+  const auto result = train(shop, "gap", plain(6));
+  CHECK(occurrences(result.output, "warning: " + shop.path(csv) +
+                                       ": lacks the records of steps 4 to 5 of the run that is resumed\n") == 1);
+  CHECK(occurrences(result.output, "warning: ") == 1);
+  CHECK(column(shop.path(csv), "step") == Words{"3", "6"});
+  // Nothing is missing where the resumed step is not one of those that are logged.
+  const std::string middle = "resume_from_checkpoint=" + shop.path("sparse/checkpoints/step-000003");
+  train(shop, "sparse", plain(6, {"logging_steps=2", "save_steps=3"}));
+  CHECK_THAT(train(shop, "sparse", plain(6, {"logging_steps=2", middle})).output,
+             !Catch::Contains("warning: ") && Catch::Contains("resumed from "));
+  CHECK(column(shop.path("logs/sparse/metrics.csv"), "step") == Words{"2", "4", "6"});
+}
+
 TEST_CASE("SIGINT and SIGTERM save and leave with 85", "[faults]") {
   const Workshop shop;
   const int number = GENERATE(SIGINT, SIGTERM);

@@ -89,6 +89,7 @@ struct State {
              .samples = std::int64_t(1) << 40,
              .tokens = std::int64_t(1) << 60,
              .outlier_steps = 3,
+             .last_record = std::int64_t(seed) - 2,
              .recent_losses = {1.0 / 3, 1e-300},
              .recent_gradient_norms = {double(seed) / 7}};
   }
@@ -97,7 +98,8 @@ struct State {
     std::string out =
         text(train.step, ' ', std::bit_cast<std::uint64_t>(train.loss_scale), ' ', train.loss_scale_good_steps, ' ',
              train.nonfinite_in_a_row, ' ', train.optimizer_updates, ' ', train.samples, ' ', train.tokens, ' ',
-             std::bit_cast<std::uint64_t>(train.validation_loss.value_or(-1)), ' ', train.outlier_steps, ' ');
+             std::bit_cast<std::uint64_t>(train.validation_loss.value_or(-1)), ' ', train.outlier_steps, ' ',
+             train.last_record, ' ');
     for (const std::vector<double>* recent : {&train.recent_losses, &train.recent_gradient_norms})
       for (const double value : *recent) out += text(std::bit_cast<std::uint64_t>(value), ' ');
     for (const CheckpointTensor& t : tensors())
@@ -505,12 +507,16 @@ TEST_CASE("a best checkpoint that cannot be marked is a checkpoint", "[checkpoin
   CHECK(store.newest() == "step-000001");
 }
 
-TEST_CASE("checkpoints from before validation losses were kept are read", "[checkpoint]") {
+TEST_CASE("checkpoints from before validation losses and records were kept are read", "[checkpoint]") {
   Store store;
   store.save(1);
-  forge(store.path("step-000001/manifest.json"), [](json& m) { m["state"].erase("validation_loss"); });
+  forge(store.path("step-000001/manifest.json"), [](json& m) {
+    m["state"].erase("validation_loss");
+    m["state"].erase("last_record");
+  });
   CHECK(store.newest() == "step-000001");
   store.load("step-000001");
+  CHECK(std::exchange(store.state.train.last_record, -1) == 0);
   CHECK(store.state.bits() == bits_of(1));
 }
 

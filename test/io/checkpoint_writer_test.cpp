@@ -201,6 +201,32 @@ TEST_CASE("what the disk has not kept is removed, and the one before stays", "[w
   CHECK(rank.value("step-000002", 0) == 20);
 }
 
+TEST_CASE("what must not be behind a checkpoint is called for before that has its name, on the first rank",
+          "[writer]") {
+  const ScratchFolder scratch;
+  const std::string folder = scratch.path("checkpoints");
+  std::vector<Lines> seen;
+  run_ranks(2, [&](Communicator& world) {
+    const StoredMatrix part{
+        .name = "values/w", .rows = 1, .cols = 1, .whole_rows = 2, .whole_cols = 1, .first_row = world.rank()};
+    CheckpointWriter writer(
+        folder, {}, {.dp = world.rank()}, 0, world, [](const std::string&) {},
+        [&] {
+          seen.push_back(names_in(folder));
+          if (seen.size() == 2) fail("out of luck");
+        });
+    const auto save = [&](std::int64_t step) {
+      writer.save({.step = step}, {part}, [](std::size_t, std::span<std::byte>) {});
+      writer.finish();
+    };
+    save(1);
+    const Error error = error_of([&] { save(2); });
+    check(std::string(error.what()) == "out of luck", error.what());
+  });
+  CHECK(seen == std::vector<Lines>{{".step-000001.partial"}, {".step-000002.partial", "step-000001"}});
+  CHECK(names_in(folder) == Lines{"step-000001"});
+}
+
 TEST_CASE("an older checkpoint of the same step goes once the new one has been read back", "[writer]") {
   const ScratchFolder scratch;
   std::atomic<int> refused = 0;
