@@ -162,6 +162,8 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
                           *groups.role, warn, [&] {
                             for (const auto& metrics : sinks) metrics->sync();
                           });
+      with_memory_for("the copy of the state that checkpoints are written from",
+                      [&] { checkpoints->reserve(student->state(CheckpointUse::save)); });
       state = resume(plan, *checkpoints, *student, say);
     }
     if (leads) sinks = open_outputs(*folder, plan, state, warn);

@@ -25,6 +25,8 @@ class CheckpointFolder final : public CheckpointStore {
       std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Device& device, Communicator& ranks,
       Warn warn, CheckpointWriter::BeforeCommit before_commit = [] {});
 
+  // Takes the host memory that a save of these tensors needs; too little of it is an OutOfMemory.
+  void reserve(const std::vector<CheckpointTensor>& tensors);
   void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) override;
   void finish() override { writer_.finish(); }
   std::optional<std::string> newest() override;

@@ -11,9 +11,11 @@
 #include <ctime>
 #include <filesystem>
 #include <map>
+#include <new>
 #include <utility>
 
 #include "core/error.h"
+#include "core/out_of_memory.h"
 #include "io/crc32c.h"
 #include "io/durable_file.h"
 #include "io/hdf5.h"
@@ -108,14 +110,22 @@ void CheckpointWriter::wait() {
   writing_.reset();
 }
 
-void CheckpointWriter::take(const std::vector<StoredMatrix>& parts, const Copy& copy) {
+void CheckpointWriter::reserve(const std::vector<StoredMatrix>& parts) {
   std::size_t bytes = 0;
   for (const StoredMatrix& matrix : parts) bytes += bytes_of(matrix);
-  if (bytes > memory_bytes_) {
-    memory_.reset();
-    memory_ = std::make_unique_for_overwrite<std::byte[]>(bytes);
-    memory_bytes_ = bytes;
+  if (bytes <= memory_bytes_) return;
+  memory_.reset();
+  memory_bytes_ = 0;
+  try {
+    memory_ = std::make_unique<std::byte[]>(bytes);  // zeros: the system gives memory when it is first written to
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(text("out of memory: ", bytes, " bytes asked for"));
   }
+  memory_bytes_ = bytes;
+}
+
+void CheckpointWriter::take(const std::vector<StoredMatrix>& parts, const Copy& copy) {
+  reserve(parts);
   parts_.clear();
   std::map<std::string, int> count;  // of parts, by tensor
   std::byte* at = memory_.get();

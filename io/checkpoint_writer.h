@@ -47,6 +47,9 @@ class CheckpointWriter {
 
   // Copies the values of one part.
   using Copy = std::function<void(std::size_t part, std::span<std::byte> to)>;
+  // Takes the memory that a save of these parts copies to, so that where there is too little of it a run ends before it
+  // begins (OutOfMemory). Without it the first save does so.
+  void reserve(const std::vector<StoredMatrix>& parts);
   // Waits for the checkpoint before, copies this one and begins to write it. Parts without elements are left out. A
   // failure to write is a warning and leaves older checkpoints as they are. Throws where a rank was lost.
   void save(const TrainState& state, const std::vector<StoredMatrix>& parts, const Copy& copy);

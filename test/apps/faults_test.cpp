@@ -8,6 +8,7 @@
 #include <optional>
 #include <thread>
 
+#include "io/checkpoint_manifest.h"
 #include "test/support/limit.h"
 #include "test/support/small_disk.h"
 #include "test/support/workshop.h"
@@ -103,6 +104,23 @@ TEST_CASE("a damaged newest checkpoint is named and the one before it is used", 
     CHECK(shop.losses("hurt") == shop.losses("whole"));
     CHECK(shop.weights("hurt") == shop.weights("whole"));
   }
+}
+
+TEST_CASE("a state of which there is no room for a copy is an error before the first step", "[faults][preload]") {
+  const Workshop shop;
+  train(shop, "whole", plain(2));
+  std::uint64_t bytes = 0;
+  for (const auto& shard : distill::read_manifest(shop.path("whole/checkpoints/step-000002")).shards)
+    for (const auto& dataset : shard.datasets) bytes += dataset.range.bytes;
+  Words words{"LD_PRELOAD=" DISTILL_NO_MEMORY, "NO_MEMORY_BYTES=" + std::to_string(bytes)};
+  const Words training = shop.training("short", plain(2, {"save_steps=0"}), 0);
+  words.insert(words.end(), training.begin(), training.end());
+  const auto result = Process(words).wait();
+  INFO(result.output);
+  CHECK(result.code == 2);
+  CHECK(occurrences(result.output, "distill: the copy of the state that checkpoints are written from: out of memory: " +
+                                       std::to_string(bytes) + " bytes asked for\n") == 1);
+  CHECK_FALSE(fs::exists(shop.path("logs/short/metrics.csv")));
 }
 
 TEST_CASE("a file system that is read-only is said before anything starts", "[faults]") {
