@@ -157,7 +157,7 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   run_long(world, [&] {
     const WaitForWork patience(*groups.role);
     if (studies) {
-      checkpoints.emplace(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
+      checkpoints.emplace(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads, &plan.train),
                           StoredPlace{place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
                           *groups.role, warn, [&] {
                             for (const auto& metrics : sinks) metrics->sync();

@@ -315,7 +315,7 @@ ChannelShape channel_shape(const RunPlan& plan, const Place& place, Payload payl
           .slots = plan.config.logits_ring_slots};
 }
 
-CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads) {
+CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads, const DataSet* data) {
   const TrainingArgs& t = config.student.training_args;
   CheckpointRun run;
   run.version = DISTILL_VERSION;
@@ -324,6 +324,7 @@ CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads
   run.threads = threads;
   run.grid = {grid.sizes.tp, grid.sizes.pp, grid.sizes.dp};
   run.samples_per_step = std::int64_t(t.per_device_train_batch_size) * t.gradient_accumulation_steps * grid.sizes.dp;
+  if (data) run.data = {data->samples.size(), std::int64_t(data->samples.tokens().size()), data->hash.data()};
   return run;
 }
 

@@ -135,6 +135,21 @@ TrainState state_from(const json& value) {
           .recent_gradient_norms = value.value("recent_gradient_norms", std::vector<double>())};
 }
 
+json data_json(const std::optional<StoredData>& data) {
+  if (!data) return nullptr;
+  return {{"records", data->records}, {"tokens", data->tokens}, {"xxh3_128", data->hash}};
+}
+
+std::optional<StoredData> data_from(const json& run) {
+  const auto found = run.find("data");
+  if (found == run.end() || found->is_null()) return std::nullopt;
+  return StoredData{found->at("records"), found->at("tokens"), found->at("xxh3_128")};
+}
+
+std::string describe(const StoredData& data) {
+  return text(data.records, " records of ", data.tokens, " tokens, hash ", data.hash);
+}
+
 CheckpointManifest manifest_from(const json& value) {
   const json& run = value.at("run");
   const json& grid = run.at("grid");
@@ -146,7 +161,8 @@ CheckpointManifest manifest_from(const json& value) {
                                       .seed = run.at("seed"),
                                       .threads = run.at("threads"),
                                       .samples_per_step = run.at("samples_per_step"),
-                                      .grid = {grid.at("tp"), grid.at("pp"), grid.at("dp")}},
+                                      .grid = {grid.at("tp"), grid.at("pp"), grid.at("dp")},
+                                      .data = data_from(run)},
                               .shards = {}};
   for (const json& shard : value.at("shards")) manifest.shards.push_back(shard_from(shard));
   return manifest;
@@ -246,7 +262,8 @@ std::string to_json(const CheckpointManifest& manifest) {
                 {"seed", run.seed},
                 {"threads", run.threads},
                 {"samples_per_step", run.samples_per_step},
-                {"grid", {{"tp", run.grid.tp}, {"pp", run.grid.pp}, {"dp", run.grid.dp}}}}},
+                {"grid", {{"tp", run.grid.tp}, {"pp", run.grid.pp}, {"dp", run.grid.dp}}},
+                {"data", data_json(run.data)}}},
               {"shards", shards}};
   out[checksum_key] = hex(checksum(out));
   return out.dump(1) + "\n";
@@ -285,6 +302,10 @@ std::vector<std::string> check_continues(const std::string& path, const Checkpoi
   if (other.seed != run.seed)
     differences.push_back(text(path, ": was written with seed ", other.seed, ", this run has ", run.seed,
                                ": the data comes in another order"));
+  if (other.data && run.data && other.data != run.data)
+    differences.push_back(text(path, ": was written with other training data (", describe(*other.data),
+                               "; this run: ", describe(*run.data),
+                               "): from here on the order of the data is not the interrupted run's"));
   if (run.threads != 0 && other.threads != run.threads)
     differences.push_back(text(path, ": was written with ", other.threads, " compute threads a rank, this run has ",
                                run.threads, ": the run goes on, but not with the same bits"));

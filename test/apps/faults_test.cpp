@@ -226,6 +226,34 @@ TEST_CASE("metrics that a loss of power took are told, and the run goes on", "[f
   CHECK(column(shop.path("logs/sparse/metrics.csv"), "step") == Words{"2", "4", "6"});
 }
 
+TEST_CASE("a resume with other training data says so in one line and goes on", "[faults]") {
+  const Workshop shop;
+  train(shop, "data", plain(2));
+  const auto said = [&](const std::string& output) {
+    return occurrences(output, ": was written with other training data (60 records of ");
+  };
+  // The same records, encoded beforehand, by another name.
+  shop.write("same.jsonl", contents(shop.path("train.jsonl")));
+  const std::string same = "student.data_args.file_name=" + shop.path("same.jsonl");
+  const auto encoded = Process(shop.command({"encode", "--config", shop.path("run.yaml"), same})).wait();
+  CHECK(encoded.code == 0);
+  const auto unchanged = train(shop, "data", plain(3, {same}));
+  CHECK_THAT(unchanged.output, Catch::Contains("; from ") && Catch::Contains("resumed from "));
+  CHECK(said(unchanged.output) == 0);
+  // The same ones in another order.
+  const std::string lines = contents(shop.path("train.jsonl"));
+  const std::size_t second = lines.find('\n') + 1;
+  shop.write("turned.jsonl", lines.substr(second) + lines.substr(0, second));
+  const std::string turned = "student.data_args.file_name=" + shop.path("turned.jsonl");
+  Words check = plain(4, {turned, "exp_name=data"});
+  check.insert(check.begin(), {"check", "--config", shop.path("run.yaml")});
+  CHECK(said(Process(shop.command(check)).wait().output) == 1);
+  const auto changed = train(shop, "data", plain(4, {turned}));
+  CHECK(said(changed.output) == 1);
+  CHECK_THAT(changed.output, Catch::Contains("; this run: 60 records of ") &&
+                                 Catch::Contains("the order of the data is not the interrupted run's\n"));
+}
+
 TEST_CASE("SIGINT and SIGTERM save and leave with 85", "[faults]") {
   const Workshop shop;
   const int number = GENERATE(SIGINT, SIGTERM);

@@ -108,8 +108,13 @@ struct State {
   }
 };
 
-const CheckpointRun run{
-    .version = "1.2.3", .config = "seed: 3\n", .seed = 3, .threads = 2, .samples_per_step = 8, .grid = {}};
+const CheckpointRun run{.version = "1.2.3",
+                        .config = "seed: 3\n",
+                        .seed = 3,
+                        .threads = 2,
+                        .samples_per_step = 8,
+                        .grid = {},
+                        .data = StoredData{.records = 60, .tokens = 1 << 20, .hash = "0123"}};
 
 // A store over one rank, with what it warned of.
 struct Store {
@@ -417,6 +422,22 @@ TEST_CASE("a checkpoint of another run is refused or warned of", "[checkpoint]")
                 "checkpoints/step-000001: was written with 2 compute threads a rank, this run has 1: the run goes on, "
                 "but not "
                 "with the same bits"});
+  }
+  SECTION("data") {
+    other.data->hash = "4567";
+    store.reopen(other);
+    store.load("step-000001");
+    CHECK(
+        store.warnings ==
+        Lines{"checkpoints/step-000001: was written with other training data (60 records of 1048576 tokens, hash 0123; "
+              "this run: 60 records of 1048576 tokens, hash 4567): from here on the order of the data is not the "
+              "interrupted run's"});
+    // Older manifests do not know their data.
+    store.warnings.clear();
+    forge(store.path("step-000001/manifest.json"), [](json& m) { m["run"].erase("data"); });
+    store.load("step-000001");
+    CHECK(store.state.bits() == bits_of(1));
+    CHECK(store.warnings.empty());
   }
   CHECK(store.refuse("step-000007") == "checkpoints/step-000007: has no manifest.json: not a complete checkpoint");
 }
