@@ -120,8 +120,9 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   Groups groups = make_groups(world, plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp));
   const bool leads = world.rank() == 0;  // the first student: writes what is written once
   std::optional<RunFolder> folder;
+  const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   world.run_together([&] {
-    if (leads) folder.emplace(config.run_dir().string(), run_folders(config));
+    if (leads) folder.emplace(config.run_dir().string(), run_folders(config), warn);
   });
   world.run_together([&] { device = make_device(devices, world.rank(), threads); });
   move_to_device(groups, *device, devices);
@@ -150,7 +151,6 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
       channel.emplace(plan, payload, devices.are_gpus(), *device, place, groups, teacher ? &*teacher : nullptr);
     });
   });
-  const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   std::vector<std::unique_ptr<MetricSink>> sinks;  // before the checkpoints, whose thread uses them
   std::optional<CheckpointFolder> checkpoints;
   TrainState state;

@@ -33,12 +33,10 @@ hid_t point_type() {
   return type;
 }
 
-// SWMR needs the newest format. The run's own lock keeps a second writer away, and some network file systems know no
-// locks of the kind that the library would take.
+// SWMR needs the newest format.
 hid_t file_access() {
-  const hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+  const hid_t access = hdf5::unlocked_access();
   H5Pset_libver_bounds(access, H5F_LIBVER_LATEST, H5F_LIBVER_LATEST);
-  H5Pset_file_locking(access, /*use_file_locking=*/0, /*ignore_when_disabled=*/1);
   return access;
 }
 

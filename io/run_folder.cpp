@@ -34,7 +34,7 @@ std::string content(int descriptor) {
 
 }  // namespace
 
-FolderLock::FolderLock(const std::string& path) : path_(path) {
+FolderLock::FolderLock(const std::string& path, const Warn& warn) : path_(path) {
   std::error_code error;
   fs::create_directories(path, error);
   check_input(!error, path, ": cannot create: ", error.message());
@@ -43,11 +43,13 @@ FolderLock::FolderLock(const std::string& path) : path_(path) {
   check_input(descriptor_ >= 0, file, ": cannot open: ", std::strerror(errno));
   if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
     const int reason = errno;
-    const std::string holder = content(descriptor_);
-    close(descriptor_);
-    check_input(reason != EWOULDBLOCK, path, ": is in use by ", holder,
-                "; wait for that run, stop it, or choose another exp_name");
-    fail_input(path, ": cannot lock: ", std::strerror(reason));
+    if (reason == EWOULDBLOCK) {
+      const std::string holder = content(descriptor_);
+      close(descriptor_);
+      fail_input(path, ": is in use by ", holder, "; wait for that run, stop it, or choose another exp_name");
+    }
+    warn(text(path, ": cannot be locked (", std::strerror(reason),
+              "): nothing keeps a second run from writing into it"));
   }
   // Only for messages, so a full disk must not stop a run here.
   const std::string mine = this_process();
@@ -56,12 +58,12 @@ FolderLock::FolderLock(const std::string& path) : path_(path) {
 
 FolderLock::~FolderLock() { close(descriptor_); }
 
-RunFolder::RunFolder(const std::string& path, const std::vector<std::string>& others) {
-  locks_.emplace_back(path);
+RunFolder::RunFolder(const std::string& path, const std::vector<std::string>& others, const FolderLock::Warn& warn) {
+  locks_.emplace_back(path, warn);
   for (const std::string& other : others) {
     std::error_code missing;
     const auto is_other = [&](const FolderLock& held) { return fs::equivalent(held.path(), other, missing); };
-    if (std::none_of(locks_.begin(), locks_.end(), is_other)) locks_.emplace_back(other);
+    if (std::none_of(locks_.begin(), locks_.end(), is_other)) locks_.emplace_back(other, warn);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <string>
 #include <vector>
@@ -11,8 +12,10 @@ namespace distill {
 // A folder that this process alone writes into until the lock is destroyed.
 class FolderLock {
  public:
-  // Makes the folder where it is missing. One that another run holds is an input error that names that run.
-  explicit FolderLock(const std::string& path);
+  using Warn = std::function<void(const std::string&)>;
+  // Makes the folder where it is missing. One that another run holds is an input error that names that run; a file
+  // system that knows no locks is a warning.
+  FolderLock(const std::string& path, const Warn& warn);
   ~FolderLock();
   FolderLock(const FolderLock&) = delete;
   FolderLock& operator=(const FolderLock&) = delete;
@@ -27,7 +30,7 @@ class FolderLock {
 class RunFolder {
  public:
   // Locks the folder and the `others` that the run writes into. Several names of one folder count once.
-  explicit RunFolder(const std::string& path, const std::vector<std::string>& others = {});
+  RunFolder(const std::string& path, const std::vector<std::string>& others, const FolderLock::Warn& warn);
 
   const std::string& path() const { return locks_.front().path(); }
   std::string file(const std::string& name) const { return path() + "/" + name; }

@@ -313,7 +313,7 @@ TEST_CASE("what keeps two ranks from starting after the plan is said once, witho
     CHECK_THAT(result.output, !Catch::Contains("MPI_ABORT"));
   };
   {
-    const distill::RunFolder held(shop.path("held"));
+    const distill::RunFolder held(shop.path("held"), {}, [](const std::string&) {});
     refused("held", {}, shop.path("held") + ": is in use by process " + std::to_string(getpid()));
   }
   REQUIRE(shop.train("first", {"max_steps=2"}).code == 0);
