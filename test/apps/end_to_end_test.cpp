@@ -441,6 +441,17 @@ TEST_CASE("a teacher that lives but gives nothing is given up after peer_timeout
   CHECK(took < std::chrono::seconds(20));
 }
 
+TEST_CASE("what a killed start left in shared memory goes when the next run starts", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const std::string left = "/dev/shm/distill-1-" + std::to_string(getpid());
+  std::ofstream(left) << "left";
+  const auto result = Process(shop.command({"check", "--config", shop.path("run.yaml")}, 2)).wait();
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK_FALSE(fs::remove(left));
+}
+
 // A run of few, short steps and one slot of logits a chunk, on a disk that takes so long to keep the files named.
 std::vector<std::string> on_slow_disk(const Workshop& shop, const std::string& name, const std::string& files,
                                       const std::string& seconds, int ranks,
