@@ -61,8 +61,12 @@ class Victim {
                                                   "resume_from_checkpoint=true",
                                                   "student.model_args.dtype=" + dtype};
     const auto start = Clock::now();
-    const auto whole = run("whole");
+    Process run(shop_.training(name("whole"), layout_.overrides, layout_.ranks));
+    wait_for_checkpoint(run, "whole");
+    const auto first_checkpoint = Clock::now();
+    const auto whole = run.wait();
     whole_takes_ = Clock::now() - start;
+    rest_takes_ = Clock::now() - first_checkpoint;
     INFO(whole.output);
     REQUIRE(whole.code == 0);
   }
@@ -75,16 +79,18 @@ class Victim {
     resumes_ = 0;
     for (int hits = 0, starts = 0; hits < kills; ++starts) {
       REQUIRE(starts < 20 * kills);
-      const Seconds moment = whole_takes_ * std::uniform_real_distribution<>(0, 1)(random);
+      const bool waits = hits % 2 == 1;
+      const Seconds most = waits ? rest_takes_ / 2 : whole_takes_,
+                    moment = most * std::uniform_real_distribution<>(0, 1)(random);
       const int rank = layout_.ranks == 0 ? 0 : std::uniform_int_distribution<>(0, layout_.ranks - 1)(random);
-      if (is_killed(rank, moment, /*waits=*/hits % 2 == 1)) {
+      if (is_killed(rank, moment, waits)) {
         ++hits;
       } else {
         check_same();
         forget();
       }
     }
-    const bool goes_on = has_checkpoint();
+    const bool goes_on = has_checkpoint("killed");
     const auto last = run("killed");
     INFO(last.output);
     REQUIRE(last.code == 0);
@@ -105,11 +111,14 @@ class Victim {
     return shop_.train(name(kind), layout_.overrides, layout_.ranks);
   }
 
-  bool has_checkpoint() const {
+  bool has_checkpoint(const std::string& kind) const {
     std::error_code none;
-    for (const auto& entry : fs::directory_iterator(shop_.path(name("killed") + "/checkpoints"), none))
+    for (const auto& entry : fs::directory_iterator(shop_.path(name(kind) + "/checkpoints"), none))
       if (fs::exists(entry.path() / "manifest.json") && !entry.path().filename().string().starts_with('.')) return true;
     return false;
+  }
+  void wait_for_checkpoint(const Process& run, const std::string& kind) const {
+    while (!has_checkpoint(kind) && run.is_running()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   // A start after a kill.
   void count_resume(const std::string& output, bool goes_on) {
@@ -122,9 +131,9 @@ class Victim {
 
   // False where the run was over before. The moment begins with the run or, if it `waits`, with its first checkpoint.
   bool is_killed(int rank, Seconds moment, bool waits) {
-    const bool goes_on = has_checkpoint();
+    const bool goes_on = has_checkpoint("killed");
     Process run(shop_.training(name("killed"), layout_.overrides, layout_.ranks));
-    while (waits && !has_checkpoint() && run.is_running()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (waits) wait_for_checkpoint(run, "killed");
     std::this_thread::sleep_for(moment);
     bool is_sent = true;
     if (layout_.ranks == 0) {
@@ -185,8 +194,8 @@ class Victim {
 
   const Workshop& shop_;
   Layout layout_;
-  Seconds whole_takes_{};
-  int resumes_ = 0;  // starts that went on from a checkpoint
+  Seconds whole_takes_{}, rest_takes_{};  // from the start, from the first checkpoint
+  int resumes_ = 0;                       // starts that went on from a checkpoint
 };
 
 }  // namespace
