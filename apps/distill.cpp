@@ -92,8 +92,8 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
       for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
     if (command.command == Command::encode) return;
     grid = plan_grid(file, plan_nodes(world, command.ranks), plan_hosts(world, command.ranks));
-    check_checkpoints(file,
-                      checkpoint_run(file.config, grid, threads));  // what may not go on is said before data is read
+    // A checkpoint that this run may not go on from is an error before its data is read.
+    check_checkpoints(file, checkpoint_run(file.config, grid, threads));
   });
   mpi.watch_nodes(world.patience().peer_dead_after);
   const Say progress = progress_line(speaks);
