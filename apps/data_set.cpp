@@ -12,6 +12,7 @@
 #include "io/chat_template.h"
 #include "io/encode.h"
 #include "io/encoded_file.h"
+#include "io/hash.h"
 #include "io/mapped_file.h"
 #include "io/records.h"
 #include "parallel/parallel.h"
@@ -74,7 +75,20 @@ DataSet from_parts(const NodeData& shared) {
           as_text(parts[1]), as_text(parts[2]), as_text(parts[3])};
 }
 
-void count_positions(DataSet& data) {
+std::string hash_of(const Samples& samples) {
+  const auto letters = [](auto values) {
+    const auto bytes = std::as_bytes(values);
+    return std::string_view(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  };
+  Hasher hasher;
+  hasher.add(letters(samples.tokens()));
+  hasher.add(letters(samples.offsets()));
+  hasher.add(letters(samples.prompt_lengths()));
+  return hasher.hex();
+}
+
+void describe_samples(DataSet& data) {
+  hash_of(data.samples).copy(data.hash.data(), data.hash.size() - 1);
   for (std::int64_t i = 0; i < data.samples.size(); ++i) {
     data.longest = std::max(data.longest, int(data.samples[i].tokens.size()));
     data.supervised += data.samples[i].supervised();
@@ -114,7 +128,7 @@ DataSet encode_data(const ConfigFile& file, const DataFiles& source, const Token
   data.truncated = encoded.truncated;
   data.left_out = encoded.left_out;
   data.samples = std::move(encoded.samples);
-  count_positions(data);
+  describe_samples(data);
   return data;
 }
 
@@ -128,7 +142,7 @@ DataSet read_file(const std::string& path, std::int64_t vocabulary) {
   data.left_out = encoded.left_out;
   data.samples = std::move(encoded.samples);
   data.file = path;
-  count_positions(data);
+  describe_samples(data);
   return data;
 }
 

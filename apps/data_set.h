@@ -1,6 +1,7 @@
 // The records of a run as token sequences: read and encoded by one rank of each node, seen by all.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -21,6 +22,7 @@ struct DataCounts {
   std::int64_t bad = 0, truncated = 0, left_out = 0;  // records
   std::int64_t supervised = 0;                        // positions, all samples
   int longest = 0;                                    // tokens
+  std::array<char, 33> hash{};                        // of all samples (io/hash.h), with its closing 0
 };
 
 struct DataSet : DataCounts {

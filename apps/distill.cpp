@@ -92,11 +92,8 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
       for (const std::string& warning : file.warnings) std::cerr << "warning: " << warning << std::endl;
     if (command.command == Command::encode) return;
     grid = plan_grid(file, plan_nodes(world, command.ranks), plan_hosts(world, command.ranks));
-    // A check for other ranks than these does not know their threads. Training says what differs when it resumes.
-    const auto differences =
-        check_checkpoints(file, checkpoint_run(file.config, grid, command.ranks > 0 ? 0 : threads));
-    if (speaks && command.command == Command::check)
-      for (const std::string& difference : differences) std::cerr << "warning: " << difference << std::endl;
+    // A checkpoint that this run may not go on from is an error before its data is read.
+    check_checkpoints(file, checkpoint_run(file.config, grid, threads));
   });
   mpi.watch_nodes(world.patience().peer_dead_after);
   const Say progress = progress_line(speaks);
@@ -116,6 +113,14 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
   if (command.ranks == 0) say(describe(devices, plan->grid, world));
   if (devices.are_gpus()) mpi.watch_ranks(world.patience().peer_dead_after);
   if (command.command == Command::check) {
+    // Training says what differs when it resumes. The threads of other ranks than these are not known.
+    std::vector<std::string> differences;
+    world.run_together([&] {
+      differences =
+          check_checkpoints(file, checkpoint_run(file.config, grid, command.ranks > 0 ? 0 : threads, &plan->train));
+    });
+    if (speaks)
+      for (const std::string& difference : differences) std::cerr << "warning: " << difference << std::endl;
     say("check: all good");
     return ExitCode::ok;
   }

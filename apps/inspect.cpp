@@ -84,6 +84,9 @@ void say_facts(const CheckpointManifest& manifest, const Say& say) {
   say(text("  written ", manifest.written, " by distill ", run.version));
   say(text("  grid ", describe(run.grid), "; global batch ", run.samples_per_step, "; seed ", run.seed, "; ",
            counted(std::size_t(run.threads), "compute thread"), " a rank"));
+  if (run.data)
+    say(text("  training data: ", run.data->records, " records of ", run.data->tokens, " tokens, hash ",
+             run.data->hash));
 }
 
 // Reads every byte, a line for each file.

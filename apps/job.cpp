@@ -78,18 +78,21 @@ TrainState resume(const RunPlan& plan, CheckpointStore& store, StudentSide& stud
   return state;
 }
 
+// Where a run writes beside its own folder.
+std::vector<std::string> run_folders(const Config& config) {
+  return {config.checkpoint_dir().parent_path().string(), config.log_dir().string()};
+}
+
 // What the first student writes beside checkpoints and export.
 std::vector<std::unique_ptr<MetricSink>> open_outputs(const RunFolder& folder, const RunPlan& plan,
-                                                      std::int64_t first_step,
+                                                      const TrainState& state,
                                                       const std::function<void(const std::string&)>& warn) {
   const Config& config = plan.config;
-  const std::filesystem::path log_dir = config.log_dir();
-  std::error_code error;
-  std::filesystem::create_directories(log_dir, error);
-  check_input(!error, log_dir.string(), ": cannot create: ", error.message());
-  auto sinks =
-      make_sinks(config.track_with,
-                 {.folder = log_dir.string(), .names = metric_names(), .resumed_step = first_step, .warn = warn});
+  auto sinks = make_sinks(config.track_with, {.folder = config.log_dir().string(),
+                                              .names = metric_names(),
+                                              .resumed_step = state.step,
+                                              .last_record = state.last_record,
+                                              .warn = warn});
   // mpirun gives ranks a terminal for their standard output wherever that goes, but not for standard error.
   const bool is_terminal = isatty(STDOUT_FILENO) && isatty(STDERR_FILENO);
   sinks.push_back(std::make_unique<ConsoleSink>(std::cout, is_terminal, plan.total_steps, [] {
@@ -117,8 +120,9 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   Groups groups = make_groups(world, plan.grid, kv_sharers(plan.student, plan.grid.sizes.tp));
   const bool leads = world.rank() == 0;  // the first student: writes what is written once
   std::optional<RunFolder> folder;
+  const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
   world.run_together([&] {
-    if (leads) folder.emplace(config.run_dir().string());
+    if (leads) folder.emplace(config.run_dir().string(), run_folders(config), warn);
   });
   world.run_together([&] { device = make_device(devices, world.rank(), threads); });
   move_to_device(groups, *device, devices);
@@ -147,19 +151,22 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
       channel.emplace(plan, payload, devices.are_gpus(), *device, place, groups, teacher ? &*teacher : nullptr);
     });
   });
-  const auto warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
+  std::vector<std::unique_ptr<MetricSink>> sinks;  // before the checkpoints, whose thread uses them
   std::optional<CheckpointFolder> checkpoints;
   TrainState state;
-  std::vector<std::unique_ptr<MetricSink>> sinks;
   run_long(world, [&] {
     const WaitForWork patience(*groups.role);
     if (studies) {
-      checkpoints.emplace(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads),
+      checkpoints.emplace(config.checkpoint_dir().string(), checkpoint_run(config, plan.grid, threads, &plan.train),
                           StoredPlace{place.tp_rank, place.pp_rank, place.dp_rank}, config.max_ckpt_to_keep, *device,
-                          *groups.role, warn);
+                          *groups.role, warn, [&] {
+                            for (const auto& metrics : sinks) metrics->sync();
+                          });
+      with_memory_for("the copy of the state that checkpoints are written from",
+                      [&] { checkpoints->reserve(student->state(CheckpointUse::save)); });
       state = resume(plan, *checkpoints, *student, say);
     }
-    if (leads) sinks = open_outputs(*folder, plan, state.step, warn);
+    if (leads) sinks = open_outputs(*folder, plan, state, warn);
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {

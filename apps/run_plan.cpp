@@ -315,7 +315,7 @@ ChannelShape channel_shape(const RunPlan& plan, const Place& place, Payload payl
           .slots = plan.config.logits_ring_slots};
 }
 
-CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads) {
+CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads, const DataSet* data) {
   const TrainingArgs& t = config.student.training_args;
   CheckpointRun run;
   run.version = DISTILL_VERSION;
@@ -324,18 +324,17 @@ CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads
   run.threads = threads;
   run.grid = {grid.sizes.tp, grid.sizes.pp, grid.sizes.dp};
   run.samples_per_step = std::int64_t(t.per_device_train_batch_size) * t.gradient_accumulation_steps * grid.sizes.dp;
+  if (data) run.data = {data->samples.size(), std::int64_t(data->samples.tokens().size()), data->hash.data()};
   return run;
 }
 
 namespace {
 
 void check_no_old_checkpoints(const fs::path& folder) {
-  std::error_code missing;
-  for (const auto& entry : fs::directory_iterator(folder, missing))
-    check_input(!entry.path().filename().string().starts_with("step-"), folder.string(),
-                ": holds checkpoints of an earlier run (", entry.path().filename().string(),
-                "): set resume_from_checkpoint=true to go on with it, choose another exp_name, or remove the folder to "
-                "start again");
+  for (const FoundCheckpoint& older : find_checkpoints(folder))
+    fail_input(folder.string(), ": holds checkpoints of an earlier run (", fs::path(older.path).filename().string(),
+               "): set resume_from_checkpoint=true to go on with it, choose another exp_name, or remove the folder to "
+               "start again");
 }
 
 }  // namespace

@@ -55,8 +55,8 @@ VocabularyPart head_part(const RunPlan& plan, const ModelSpec& spec, int tp_rank
 // The logits channel between the two ranks of a place.
 ChannelShape channel_shape(const RunPlan& plan, const Place& place, Payload payload);
 
-// What the run's checkpoints say of it; `threads` of a student rank, 0 where that is not known.
-CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads);
+// What the run's checkpoints say of it; `threads` of a student rank, 0 where that is not known; `data` where it is.
+CheckpointRun checkpoint_run(const Config& config, const Grid& grid, int threads, const DataSet* data = nullptr);
 
 // A run that does not resume refuses to mix its checkpoints with those of an older one; one that does must fit the
 // checkpoint that it goes on from. The result says what will be different, one line each.

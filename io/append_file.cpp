@@ -5,9 +5,11 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <utility>
 
 #include "core/error.h"
+#include "io/durable_file.h"
 
 namespace distill {
 
@@ -15,6 +17,7 @@ AppendFile::AppendFile(const std::string& path, Warn warn) : path_(path), warn_(
   descriptor_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   check_input(descriptor_ >= 0, path, ": cannot open: ", std::strerror(errno));
   end_ = lseek(descriptor_, 0, SEEK_END);
+  if (end_ == 0) sync_path(std::filesystem::absolute(path).parent_path());  // the name of a new file
 }
 
 AppendFile::~AppendFile() { close(descriptor_); }
@@ -40,6 +43,12 @@ void AppendFile::append(std::string_view piece) {
   if (!warned_ || !is_cut)
     warn_(text(path_, ": cannot write: ", std::strerror(reason), "; metrics are missing from here on"));
   warned_ = true;
+}
+
+void AppendFile::sync() {
+  if (fdatasync(descriptor_) == 0 || sync_warned_) return;
+  warn_(text(path_, ": cannot flush to the disk: ", std::strerror(errno)));
+  sync_warned_ = true;
 }
 
 }  // namespace distill

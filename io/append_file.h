@@ -24,11 +24,14 @@ class AppendFile {
   void cut(std::int64_t size);
   // A piece that cannot be written (the disk is full) is left out and reported once.
   void append(std::string_view piece);
+  // Makes what was appended before durable; a failure is reported once. Another thread may call it meanwhile.
+  void sync();
 
  private:
   std::string path_;
   Warn warn_;
-  bool warned_ = false;
+  bool warned_ = false;       // of append()
+  bool sync_warned_ = false;  // of sync()
   int descriptor_ = -1;
   std::int64_t end_ = 0;
 };

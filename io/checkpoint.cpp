@@ -20,26 +20,33 @@ StoredMatrix stored(const CheckpointTensor& tensor) {
           .first_col = tensor.first_col};
 }
 
+std::vector<StoredMatrix> stored(const std::vector<CheckpointTensor>& tensors) {
+  std::vector<StoredMatrix> parts;
+  for (const CheckpointTensor& tensor : tensors) parts.push_back(stored(tensor));
+  return parts;
+}
+
 }  // namespace
 
 CheckpointFolder::CheckpointFolder(std::string folder, CheckpointRun run, const StoredPlace& place, int keep,
-                                   Device& device, Communicator& ranks, Warn warn)
+                                   Device& device, Communicator& ranks, Warn warn,
+                                   CheckpointWriter::BeforeCommit before_commit)
     : folder_(std::move(folder)),
       run_(std::move(run)),
       nearest_(shard_name(place)),
       device_(device),
       ranks_(ranks),
       warn_(std::move(warn)),
-      writer_(folder_, run_, place, keep, ranks, warn_) {}
+      writer_(folder_, run_, place, keep, ranks, warn_, std::move(before_commit)) {}
 
 void CheckpointFolder::warn(const std::string& message) const {
   if (ranks_.rank() == 0) warn_(message);
 }
 
+void CheckpointFolder::reserve(const std::vector<CheckpointTensor>& tensors) { writer_.reserve(stored(tensors)); }
+
 void CheckpointFolder::save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) {
-  std::vector<StoredMatrix> parts;
-  for (const CheckpointTensor& tensor : tensors) parts.push_back(stored(tensor));
-  writer_.save(state, parts,
+  writer_.save(state, stored(tensors),
                [&](std::size_t part, std::span<std::byte> to) { device_.download(to.data(), tensors[part].data); });
 }
 

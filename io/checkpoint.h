@@ -21,9 +21,12 @@ class CheckpointFolder final : public CheckpointStore {
 
   // `ranks`: all that own state, and all make the store together. `keep` > 0: so many checkpoints stay; the oldest go
   // once a new one is complete.
-  CheckpointFolder(std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Device& device,
-                   Communicator& ranks, Warn warn);
+  CheckpointFolder(
+      std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Device& device, Communicator& ranks,
+      Warn warn, CheckpointWriter::BeforeCommit before_commit = [] {});
 
+  // Takes the host memory that a save of these tensors needs; too little of it is an OutOfMemory.
+  void reserve(const std::vector<CheckpointTensor>& tensors);
   void save(const TrainState& state, const std::vector<CheckpointTensor>& tensors) override;
   void finish() override { writer_.finish(); }
   std::optional<std::string> newest() override;

@@ -14,6 +14,7 @@
 
 #include "core/error.h"
 #include "io/crc32c.h"
+#include "io/durable_file.h"
 #include "io/strict_json.h"
 
 namespace distill {
@@ -107,6 +108,7 @@ json state_json(const TrainState& s) {
           {"nonfinite_in_a_row", s.nonfinite_in_a_row},
           {"validation_loss", s.validation_loss ? json(*s.validation_loss) : json()},
           {"outlier_steps", s.outlier_steps},
+          {"last_record", s.last_record},
           {"recent_losses", s.recent_losses},
           {"recent_gradient_norms", s.recent_gradient_norms}};
 }
@@ -128,8 +130,24 @@ TrainState state_from(const json& value) {
           .validation_loss = optional_number(value, "validation_loss"),
           // Older checkpoints lack these.
           .outlier_steps = value.value("outlier_steps", std::int64_t(0)),
+          .last_record = value.value("last_record", std::int64_t(0)),
           .recent_losses = value.value("recent_losses", std::vector<double>()),
           .recent_gradient_norms = value.value("recent_gradient_norms", std::vector<double>())};
+}
+
+json data_json(const std::optional<StoredData>& data) {
+  if (!data) return nullptr;
+  return {{"records", data->records}, {"tokens", data->tokens}, {"xxh3_128", data->hash}};
+}
+
+std::optional<StoredData> data_from(const json& run) {
+  const auto found = run.find("data");
+  if (found == run.end() || found->is_null()) return std::nullopt;
+  return StoredData{found->at("records"), found->at("tokens"), found->at("xxh3_128")};
+}
+
+std::string describe(const StoredData& data) {
+  return text(data.records, " records of ", data.tokens, " tokens, hash ", data.hash);
 }
 
 CheckpointManifest manifest_from(const json& value) {
@@ -143,7 +161,8 @@ CheckpointManifest manifest_from(const json& value) {
                                       .seed = run.at("seed"),
                                       .threads = run.at("threads"),
                                       .samples_per_step = run.at("samples_per_step"),
-                                      .grid = {grid.at("tp"), grid.at("pp"), grid.at("dp")}},
+                                      .grid = {grid.at("tp"), grid.at("pp"), grid.at("dp")},
+                                      .data = data_from(run)},
                               .shards = {}};
   for (const json& shard : value.at("shards")) manifest.shards.push_back(shard_from(shard));
   return manifest;
@@ -243,7 +262,8 @@ std::string to_json(const CheckpointManifest& manifest) {
                 {"seed", run.seed},
                 {"threads", run.threads},
                 {"samples_per_step", run.samples_per_step},
-                {"grid", {{"tp", run.grid.tp}, {"pp", run.grid.pp}, {"dp", run.grid.dp}}}}},
+                {"grid", {{"tp", run.grid.tp}, {"pp", run.grid.pp}, {"dp", run.grid.dp}}},
+                {"data", data_json(run.data)}}},
               {"shards", shards}};
   out[checksum_key] = hex(checksum(out));
   return out.dump(1) + "\n";
@@ -282,6 +302,10 @@ std::vector<std::string> check_continues(const std::string& path, const Checkpoi
   if (other.seed != run.seed)
     differences.push_back(text(path, ": was written with seed ", other.seed, ", this run has ", run.seed,
                                ": the data comes in another order"));
+  if (other.data && run.data && other.data != run.data)
+    differences.push_back(text(path, ": was written with other training data (", describe(*other.data),
+                               "; this run: ", describe(*run.data),
+                               "): from here on the order of the data is not the interrupted run's"));
   if (run.threads != 0 && other.threads != run.threads)
     differences.push_back(text(path, ": was written with ", other.threads, " compute threads a rank, this run has ",
                                run.threads, ": the run goes on, but not with the same bits"));
@@ -292,8 +316,9 @@ std::vector<FoundCheckpoint> find_checkpoints(const std::string& folder) {
   std::vector<FoundCheckpoint> found;
   std::error_code missing;
   for (const fs::directory_entry& entry : fs::directory_iterator(folder, missing)) {
-    const auto step = step_in(entry.path().filename().string());
-    if (!step) continue;
+    const std::string name = entry.path().filename(), before = name_before_replacement(name);
+    const auto step = step_in(before.empty() ? name : before);
+    if (!step || (!before.empty() && fs::exists(fs::path(folder) / before))) continue;
     FoundCheckpoint& checkpoint = found.emplace_back();
     checkpoint.path = entry.path();
     checkpoint.step = *step;

@@ -19,6 +19,13 @@ struct StoredGrid {
 };
 std::string describe(const StoredGrid& grid);  // "tp 1, pp 1, dp 2"
 
+// What tells training data apart: the encoded records, in the order of their files.
+struct StoredData {
+  std::int64_t records = 0, tokens = 0;
+  std::string hash;  // hash.h
+  bool operator==(const StoredData&) const = default;
+};
+
 // What holds for every checkpoint of a run.
 struct CheckpointRun {
   std::string version;                // of this program
@@ -27,6 +34,7 @@ struct CheckpointRun {
   int threads = 1;                    // compute threads of a student rank, on which sums depend; 0: not known
   std::int64_t samples_per_step = 0;  // the global batch
   StoredGrid grid;
+  std::optional<StoredData> data = {};  // none: not known, as in manifests of older versions
 };
 
 struct StoredDataset {
@@ -67,7 +75,8 @@ struct FoundCheckpoint {
   std::optional<CheckpointManifest> manifest;
   std::string problem;
 };
-// Those of a folder, by step.
+// Those of a folder, by step. One that a kill left while it was being replaced (durable_file.h) counts where its
+// successor has not come to the name.
 std::vector<FoundCheckpoint> find_checkpoints(const std::string& folder);
 
 // A checkpoint whose manifest and file sizes are right.

@@ -11,9 +11,11 @@
 #include <ctime>
 #include <filesystem>
 #include <map>
+#include <new>
 #include <utility>
 
 #include "core/error.h"
+#include "core/out_of_memory.h"
 #include "io/crc32c.h"
 #include "io/durable_file.h"
 #include "io/hdf5.h"
@@ -72,13 +74,14 @@ std::string shard_name(const StoredPlace& place) {
 }
 
 CheckpointWriter::CheckpointWriter(std::string folder, CheckpointRun run, const StoredPlace& place, int keep,
-                                   Communicator& ranks, Warn warn)
+                                   Communicator& ranks, Warn warn, BeforeCommit before_commit)
     : folder_(std::move(folder)),
       run_(std::move(run)),
       place_(place),
       keep_(keep),
       ranks_(ranks.split(0, ranks.rank(), "checkpoint writers")),
       warn_(std::move(warn)),
+      before_commit_(std::move(before_commit)),
       exceptions_at_start_(std::uncaught_exceptions()) {}
 
 CheckpointWriter::~CheckpointWriter() {
@@ -107,14 +110,22 @@ void CheckpointWriter::wait() {
   writing_.reset();
 }
 
-void CheckpointWriter::take(const std::vector<StoredMatrix>& parts, const Copy& copy) {
+void CheckpointWriter::reserve(const std::vector<StoredMatrix>& parts) {
   std::size_t bytes = 0;
   for (const StoredMatrix& matrix : parts) bytes += bytes_of(matrix);
-  if (bytes > memory_bytes_) {
-    memory_.reset();
-    memory_ = std::make_unique_for_overwrite<std::byte[]>(bytes);
-    memory_bytes_ = bytes;
+  if (bytes <= memory_bytes_) return;
+  memory_.reset();
+  memory_bytes_ = 0;
+  try {
+    memory_ = std::make_unique<std::byte[]>(bytes);  // zeros: the system gives memory when it is first written to
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(text("out of memory: ", bytes, " bytes asked for"));
   }
+  memory_bytes_ = bytes;
+}
+
+void CheckpointWriter::take(const std::vector<StoredMatrix>& parts, const Copy& copy) {
+  reserve(parts);
   parts_.clear();
   std::map<std::string, int> count;  // of parts, by tensor
   std::byte* at = memory_.get();
@@ -152,11 +163,18 @@ void CheckpointWriter::write_checkpoint() {
   });
   const std::vector<std::string> shards = ranks_->all_gather(mine_json);
   ranks_->run_together([&] {
-    if (is_first()) complete(*out, shards);
+    if (is_first()) put_manifest(partial, shards);
   });
-  if (keep_ > 0) verify(mine);
+  // Before an older one goes.
+  if (keep_ > 0 || ranks_->any(is_first() && out->replaces()))
+    ranks_->run_together([&] {
+      if (mine) read_back(partial, *mine);
+    });
   ranks_->run_together([&] {
-    if (is_first()) tidy();
+    if (!is_first()) return;
+    before_commit_();
+    out->commit();
+    tidy();
   });
 }
 
@@ -196,28 +214,12 @@ std::optional<StoredShard> CheckpointWriter::write_shard(const std::string& fold
 }
 
 // The files of all ranks are there.
-void CheckpointWriter::complete(DurableFolder& out, const std::vector<std::string>& shards) {
+void CheckpointWriter::put_manifest(const std::string& folder, const std::vector<std::string>& shards) {
   CheckpointManifest manifest{.serial = serial_ + 1, .written = utc_now(), .state = state_, .run = run_, .shards = {}};
   for (const std::string& shard : shards)
     if (!shard.empty()) manifest.shards.push_back(parse_shard(shard));
-  write_durably(fs::path(out.partial()) / "manifest.json", to_json(manifest));
+  write_durably(fs::path(folder) / "manifest.json", to_json(manifest));
   ++serial_;  // also where what follows fails late: the folder may have its name by then
-  out.commit();
-}
-
-// Before older ones go: what the disk has not kept is removed again.
-void CheckpointWriter::verify(const std::optional<StoredShard>& mine) {
-  const std::string path = fs::path(folder_) / name_of_step(state_.step);
-  try {
-    ranks_->run_together([&] {
-      if (mine) read_back(path, *mine);
-    });
-  } catch (const CommonError&) {
-    ranks_->run_together([&] {
-      if (is_first()) remove_folder(path);
-    });
-    throw;
-  }
 }
 
 void CheckpointWriter::tidy() const {

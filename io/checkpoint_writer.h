@@ -30,11 +30,16 @@ class CheckpointWriter {
  public:
   // Called on the first rank only, on whichever thread.
   using Warn = std::function<void(const std::string&)>;
+  // Called on the first rank only, on the writer's thread, before a checkpoint gets its name: makes durable what must
+  // not be behind it.
+  using BeforeCommit = std::function<void()>;
 
   // `ranks`: all that own state; the writer talks to them in a group of its own. `keep` > 0: so many of the newest
-  // checkpoints stay, and the best one; the others go once a new one has been read back.
-  CheckpointWriter(std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Communicator& ranks,
-                   Warn warn);
+  // checkpoints stay, and the best one; the others go once a new one has been read back. So does an older checkpoint of
+  // the same step, whatever `keep` is.
+  CheckpointWriter(
+      std::string folder, CheckpointRun run, const StoredPlace& place, int keep, Communicator& ranks, Warn warn,
+      BeforeCommit before_commit = [] {});
   // Waits until all is written. While an exception passes it leaves off instead: that checkpoint will not exist.
   ~CheckpointWriter();
   CheckpointWriter(const CheckpointWriter&) = delete;
@@ -42,6 +47,9 @@ class CheckpointWriter {
 
   // Copies the values of one part.
   using Copy = std::function<void(std::size_t part, std::span<std::byte> to)>;
+  // Takes the memory that a save of these parts copies to, so that where there is too little of it a run ends before it
+  // begins (OutOfMemory). Without it the first save does so.
+  void reserve(const std::vector<StoredMatrix>& parts);
   // Waits for the checkpoint before, copies this one and begins to write it. Parts without elements are left out. A
   // failure to write is a warning and leaves older checkpoints as they are. Throws where a rank was lost.
   void save(const TrainState& state, const std::vector<StoredMatrix>& parts, const Copy& copy);
@@ -62,8 +70,7 @@ class CheckpointWriter {
   void write_checkpoint();
   std::string begin(std::optional<class DurableFolder>& out);
   std::optional<StoredShard> write_shard(const std::string& folder) const;
-  void complete(DurableFolder& out, const std::vector<std::string>& shards);
-  void verify(const std::optional<StoredShard>& mine);
+  void put_manifest(const std::string& folder, const std::vector<std::string>& shards);
   void tidy() const;
   bool mark(const CompleteCheckpoint& best) const;
   void prune(const std::vector<CompleteCheckpoint>& complete) const;
@@ -75,6 +82,7 @@ class CheckpointWriter {
   int keep_;
   std::unique_ptr<Communicator> ranks_;
   Warn warn_;
+  BeforeCommit before_commit_;
   int exceptions_at_start_;
   std::atomic<bool> is_abandoned_ = false;
 

@@ -18,6 +18,7 @@ class ConsoleSink final : public MetricSink {
   ~ConsoleSink() override;
 
   void write(const MetricRecord& record) override;
+  void sync() override {}  // is no file
 
  private:
   std::string time_left(const MetricRecord& record);

@@ -34,20 +34,25 @@ std::optional<std::int64_t> step_of(std::string_view line) {
   return is_row ? std::optional(step) : std::nullopt;
 }
 
-// Bytes of an older file to keep: its header and the lines up to a step. A torn line ends what is kept.
-std::size_t bytes_to_keep(std::string_view file, const std::string& header, std::int64_t step,
-                          const std::string& path) {
+// Of an older file.
+struct Kept {
+  std::size_t bytes = 0;
+  std::int64_t step = 0;  // of the last line
+};
+
+// Its header and the lines up to a step. A torn line ends what is kept.
+Kept lines_to_keep(std::string_view file, const std::string& header, std::int64_t step, const std::string& path) {
   check_input(file.starts_with(header), path,
               ": has other columns than this run writes; move the file away to go on with a new one");
   const auto commas = std::count(header.begin(), header.end(), ',');
-  std::size_t end = header.size();
+  Kept kept{.bytes = header.size()};
   for (;;) {
-    const std::size_t line_end = file.find('\n', end);
-    if (line_end == std::string_view::npos) return end;
-    const std::string_view line = file.substr(end, line_end - end);
+    const std::size_t line_end = file.find('\n', kept.bytes);
+    if (line_end == std::string_view::npos) return kept;
+    const std::string_view line = file.substr(kept.bytes, line_end - kept.bytes);
     const auto at = step_of(line);
-    if (!at || *at > step || std::count(line.begin(), line.end(), ',') != commas) return end;
-    end = line_end + 1;
+    if (!at || *at > step || std::count(line.begin(), line.end(), ',') != commas) return kept;
+    kept = {line_end + 1, *at};
   }
 }
 
@@ -97,8 +102,10 @@ std::string csv_line(std::int64_t step, double wall_time, const std::vector<std:
 CsvSink::CsvSink(const std::string& path, std::vector<std::string> names, std::int64_t resumed_step, Warn warn)
     : names_(std::move(names)), file_(path, std::move(warn)) {
   const std::string header = csv_header(names_);
-  const bool goes_on = resumed_step > 0 && file_.size() > 0;
-  file_.cut(goes_on ? std::int64_t(bytes_to_keep(MappedFile(path).bytes(), header, resumed_step, path)) : 0);
+  Kept kept;
+  if (resumed_step > 0 && file_.size() > 0) kept = lines_to_keep(MappedFile(path).bytes(), header, resumed_step, path);
+  kept_step_ = kept.step;
+  file_.cut(std::int64_t(kept.bytes));
   if (file_.size() == 0) file_.append(header);
 }
 

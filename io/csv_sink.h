@@ -21,9 +21,12 @@ class CsvSink final : public MetricSink {
   CsvSink(const std::string& path, std::vector<std::string> names, std::int64_t resumed_step, Warn warn);
 
   void write(const MetricRecord& record) override;
+  void sync() override { file_.sync(); }
+  std::int64_t kept_step() const { return kept_step_; }  // the last one of the older file that was kept; 0: none
 
  private:
   std::vector<std::string> names_;
+  std::int64_t kept_step_ = 0;
   AppendFile file_;
 };
 

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <vector>
 
 #include "core/error.h"
 
@@ -15,7 +16,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view partial_suffix = ".partial", removed_suffix = ".removed";
+constexpr std::string_view partial_suffix = ".partial", removed_suffix = ".removed", replaced_suffix = ".replaced";
 
 [[noreturn]] void fail_errno(const char* what, const std::string& path) {
   const int error = errno;
@@ -37,9 +38,40 @@ void rename_or_fail(const std::string& from, const std::string& to) {
   if (rename(from.c_str(), to.c_str()) != 0) fail_errno("rename to it", to);
 }
 
+// False where the file system cannot.
+bool exchange_names(const std::string& a, const std::string& b) {
+  if (renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0) return true;
+  if (errno != EINVAL && errno != ENOSYS && errno != EOPNOTSUPP) fail_errno("take its name", b);
+  return false;
+}
+
 std::string without_trailing_slash(std::string path) {
   while (path.size() > 1 && path.back() == '/') path.pop_back();
   return path;
+}
+
+bool exists(const std::string& path) {
+  std::error_code ignored;
+  return fs::exists(fs::symlink_status(path, ignored));
+}
+
+// Deletes what lies under a hidden name, so that no half of it keeps that name. What cannot be deleted now is left for
+// the next time.
+void discard(const std::string& hidden, const std::string& path) {
+  const std::string removed = hidden_neighbour(path, removed_suffix);
+  std::error_code ignored;
+  fs::remove_all(removed, ignored);
+  fs::rename(hidden, removed, ignored);
+  fs::remove_all(removed, ignored);
+}
+
+// After a kill in the middle of a replacement: the older folder, unless the new one has the name.
+void settle_replacement(const std::string& path) {
+  const std::string older = hidden_neighbour(path, replaced_suffix);
+  if (!exists(older)) return;
+  if (exists(path)) return discard(older, path);
+  rename_or_fail(older, path);
+  sync_path(parent_of(path));
 }
 
 }  // namespace
@@ -74,6 +106,7 @@ void DurableFile::commit() {
 
 DurableFolder::DurableFolder(const std::string& path)
     : path_(without_trailing_slash(path)), partial_(hidden_neighbour(path_, partial_suffix)) {
+  settle_replacement(path_);
   std::error_code error;
   fs::remove_all(partial_, error);
   fs::create_directories(partial_, error);
@@ -85,22 +118,28 @@ DurableFolder::~DurableFolder() {
   if (!partial_.empty()) fs::remove_all(partial_, ignored);
 }
 
+bool DurableFolder::replaces() const { return exists(path_); }
+
 void DurableFolder::commit() {
   sync_path(partial_);
-  const std::string old = hidden_neighbour(path_, removed_suffix);
-  std::error_code error;
-  fs::remove_all(old, error);
-  const bool replaces = fs::exists(path_, error);
-  if (replaces) rename_or_fail(path_, old);
-  if (rename(partial_.c_str(), path_.c_str()) != 0) {
-    const int reason = errno;
-    if (replaces) rename_or_fail(old, path_);
-    errno = reason;
-    fail_errno("rename to it", path_);
+  std::string older;
+  if (!replaces()) {
+    rename_or_fail(partial_, path_);
+  } else if (exchange_names(partial_, path_)) {
+    older = partial_;
+  } else {
+    older = hidden_neighbour(path_, replaced_suffix);
+    rename_or_fail(path_, older);
+    if (rename(partial_.c_str(), path_.c_str()) != 0) {
+      const int reason = errno;
+      rename_or_fail(older, path_);
+      errno = reason;
+      fail_errno("rename to it", path_);
+    }
   }
   partial_.clear();
   sync_path(parent_of(path_));
-  if (replaces) fs::remove_all(old, error);
+  if (!older.empty()) discard(older, path_);
 }
 
 void write_durably(const std::string& path, std::string_view content) {
@@ -137,14 +176,23 @@ void remove_folder(const std::string& path) {
 }
 
 void remove_leftovers(const std::string& parent) {
+  std::vector<fs::path> all;
   std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(parent, error)) {
-    const std::string name = entry.path().filename().string();
-    const auto ends_with = [&](std::string_view suffix) { return name.ends_with(suffix); };
+  for (const fs::directory_entry& entry : fs::directory_iterator(parent, error)) all.push_back(entry.path());
+  for (const fs::path& path : all) {
+    const std::string name = path.filename();
     std::error_code ignored;
-    if (name.starts_with('.') && (ends_with(partial_suffix) || ends_with(removed_suffix)))
-      fs::remove_all(entry.path(), ignored);
+    if (name.starts_with('.') && (name.ends_with(partial_suffix) || name.ends_with(removed_suffix)))
+      fs::remove_all(path, ignored);
+    if (const std::string before = name_before_replacement(name); !before.empty())
+      settle_replacement(path.parent_path() / before);
   }
+}
+
+std::string name_before_replacement(std::string_view name) {
+  if (!name.starts_with('.') || !name.ends_with(replaced_suffix) || name.size() <= 1 + replaced_suffix.size())
+    return "";
+  return std::string(name.substr(1, name.size() - 1 - replaced_suffix.size()));
 }
 
 }  // namespace distill

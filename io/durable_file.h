@@ -37,7 +37,11 @@ class DurableFolder {
   DurableFolder& operator=(const DurableFolder&) = delete;
 
   const std::string& partial() const { return partial_; }
-  // Renames the folder, whose files must have been flushed; an older folder of that name is replaced.
+  // Whether there is an older folder of that name.
+  bool replaces() const;
+  // Renames the folder, whose files must have been flushed. An older folder of that name is replaced: at once where the
+  // file system can exchange two names; elsewhere it bears the name .name.replaced for a moment, and keeps it where the
+  // process is killed in that moment.
   void commit();
 
  private:
@@ -52,7 +56,10 @@ void replace_link(const std::string& path, const std::string& target);
 void sync_path(const std::string& path);
 // Removes a folder so that no half of it can ever be seen under its name.
 void remove_folder(const std::string& path);
-// Removes what a killed process left of its temporary folders in `parent`.
+// Removes what a killed process left of its temporary folders in `parent`, and gives a folder that was about to be
+// replaced its name back.
 void remove_leftovers(const std::string& parent);
+// ".name.replaced" → "name"; empty for other names.
+std::string name_before_replacement(std::string_view name);
 
 }  // namespace distill

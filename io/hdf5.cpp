@@ -108,7 +108,8 @@ Hdf5Writer::Hdf5Writer(const std::string& path, std::uint64_t user_block) : path
   const auto turn = take_turn();
   const Id form(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
   H5Pset_userblock(form, user_block);
-  file_ = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, form, H5P_DEFAULT);
+  const Id access(hdf5::unlocked_access(), H5Pclose);
+  file_ = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, form, access);
   must(file_ >= 0, path, "create");
   void* descriptor = nullptr;
   must(H5Fget_vfd_handle(file_, H5P_DEFAULT, &descriptor) >= 0, path, "write");
@@ -179,7 +180,8 @@ void Hdf5Writer::close() {
 
 Hdf5Reader::Hdf5Reader(const std::string& path) : path_(path) {
   const auto turn = take_turn();
-  file_ = H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
+  const Id access(hdf5::unlocked_access(), H5Pclose);
+  file_ = H5Fopen(path.c_str(), H5F_ACC_RDONLY, access);
   must_read(file_ >= 0, path, "read");
 }
 

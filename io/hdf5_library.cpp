@@ -18,6 +18,12 @@ std::unique_lock<std::mutex> take_turn() {
   return lock;
 }
 
+std::int64_t unlocked_access() {
+  const hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+  H5Pset_file_locking(access, /*use_file_locking=*/0, /*ignore_when_disabled=*/1);
+  return access;
+}
+
 std::string reason() {
   std::string out;
   const auto keep_first = [](unsigned n, const H5E_error2_t* error, void* to) -> herr_t {

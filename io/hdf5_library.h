@@ -18,6 +18,10 @@ std::string reason();
 void must(bool went_well, const std::string& path, const std::string& what);
 void must_read(bool went_well, const std::string& path, const std::string& what);
 
+// What files are opened with (a property list, to be closed): without the library's own locks, which some network file
+// systems do not have. A run's folders are locked (run_folder.h), and finished files do not change.
+std::int64_t unlocked_access();
+
 // An identifier of the library, given back at the end. Made and used while the lock is held.
 class Id {
  public:

@@ -33,12 +33,10 @@ hid_t point_type() {
   return type;
 }
 
-// SWMR needs the newest format. The run's own lock keeps a second writer away, and some network file systems know no
-// locks of the kind that the library would take.
+// SWMR needs the newest format.
 hid_t file_access() {
-  const hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+  const hid_t access = hdf5::unlocked_access();
   H5Pset_libver_bounds(access, H5F_LIBVER_LATEST, H5F_LIBVER_LATEST);
-  H5Pset_file_locking(access, /*use_file_locking=*/0, /*ignore_when_disabled=*/1);
   return access;
 }
 
@@ -150,6 +148,16 @@ void Hdf5Sink::write(const MetricRecord& record) {
   } catch (const Error& error) {
     is_over_ = true;
     warn_(text(error.what(), "; the file ends before step ", record.step));
+  }
+}
+
+// Each write() has handed all to the system, so no turn is needed.
+void Hdf5Sink::sync() {
+  try {
+    sync_path(path_);
+  } catch (const Error& error) {
+    if (!sync_warned_) warn_(error.what());
+    sync_warned_ = true;
   }
 }
 

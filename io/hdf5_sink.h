@@ -22,6 +22,7 @@ class Hdf5Sink final : public MetricSink {
   ~Hdf5Sink() override;
 
   void write(const MetricRecord& record) override;
+  void sync() override;
 
  private:
   struct Dataset {
@@ -37,6 +38,7 @@ class Hdf5Sink final : public MetricSink {
   std::int64_t file_ = -1;
   std::vector<Dataset> datasets_;
   bool is_over_ = false;
+  bool sync_warned_ = false;  // of sync()
 };
 
 // All series of such a file, whether it is being written, complete or what a killed run left.

@@ -45,6 +45,20 @@ std::vector<MetricSeries> points_so_far(const SinkPlan& plan, bool has_csv) {
   return all;
 }
 
+// The record that goes on: what a loss of power, another folder or a full disk took from it.
+void report_gap(const SinkPlan& plan, const std::string& path, std::int64_t last) {
+  if (last < plan.last_record)
+    plan.warn(
+        text(path, ": lacks the records of steps ", last + 1, " to ", plan.last_record, " of the run that is resumed"));
+}
+
+std::int64_t last_step(const std::vector<MetricSeries>& all) {
+  std::int64_t last = 0;
+  for (const MetricSeries& series : all)
+    if (!series.points.empty()) last = std::max(last, series.points.back().step);
+  return last;
+}
+
 double now() { return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count(); }
 
 struct SinkKind {
@@ -56,12 +70,17 @@ struct SinkKind {
 constexpr std::array<SinkKind, metric_sink_names.size()> kinds = {{
     {"csv",
      [](const Names&, const SinkPlan& plan) -> std::unique_ptr<MetricSink> {
-       return std::make_unique<CsvSink>(in_folder(plan, "metrics.csv"), plan.names, plan.resumed_step, plan.warn);
+       const std::string path = in_folder(plan, "metrics.csv");
+       auto sink = std::make_unique<CsvSink>(path, plan.names, plan.resumed_step, plan.warn);
+       report_gap(plan, path, sink->kept_step());
+       return sink;
      }},
     {"hdf5",
      [](const Names& track_with, const SinkPlan& plan) -> std::unique_ptr<MetricSink> {
        const auto so_far = points_so_far(plan, has(track_with, "csv"));
-       return std::make_unique<Hdf5Sink>(in_folder(plan, "metrics.h5"), so_far, plan.warn);
+       const std::string path = in_folder(plan, "metrics.h5");
+       if (!has(track_with, "csv")) report_gap(plan, path, last_step(so_far));
+       return std::make_unique<Hdf5Sink>(path, so_far, plan.warn);
      }},
     {"tensorboard",
      [](const Names&, const SinkPlan& plan) -> std::unique_ptr<MetricSink> {

@@ -15,6 +15,7 @@ struct SinkPlan {
   std::string folder;              // is there
   std::vector<std::string> names;  // of all metrics
   std::int64_t resumed_step = 0;   // older files are cut to it; 0 starts afresh
+  std::int64_t last_record = 0;    // the last one that they should hold up to there; 0: not known
   std::function<void(const std::string&)> warn;
 };
 

@@ -4,6 +4,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
@@ -33,26 +34,38 @@ std::string content(int descriptor) {
 
 }  // namespace
 
-RunFolder::RunFolder(const std::string& path) : path_(path) {
+FolderLock::FolderLock(const std::string& path, const Warn& warn) : path_(path) {
   std::error_code error;
   fs::create_directories(path, error);
   check_input(!error, path, ": cannot create: ", error.message());
-  lock_ = open(file(".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-  check_input(lock_ >= 0, file(".lock"), ": cannot open: ", std::strerror(errno));
-  if (flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+  const std::string file = path + "/.lock";
+  descriptor_ = open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  check_input(descriptor_ >= 0, file, ": cannot open: ", std::strerror(errno));
+  if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
     const int reason = errno;
-    const std::string holder = content(lock_);
-    close(lock_);
-    check_input(reason != EWOULDBLOCK, path, ": is in use by ", holder,
-                "; wait for that run, stop it, or choose another exp_name");
-    fail_input(path, ": cannot lock: ", std::strerror(reason));
+    if (reason == EWOULDBLOCK) {
+      const std::string holder = content(descriptor_);
+      close(descriptor_);
+      fail_input(path, ": is in use by ", holder, "; wait for that run, stop it, or choose another exp_name");
+    }
+    warn(text(path, ": cannot be locked (", std::strerror(reason),
+              "): nothing keeps a second run from writing into it"));
   }
   // Only for messages, so a full disk must not stop a run here.
   const std::string mine = this_process();
-  if (ftruncate(lock_, 0) != 0 || pwrite(lock_, mine.data(), mine.size(), 0) < 0) return;
+  if (ftruncate(descriptor_, 0) != 0 || pwrite(descriptor_, mine.data(), mine.size(), 0) < 0) return;
 }
 
-RunFolder::~RunFolder() { close(lock_); }
+FolderLock::~FolderLock() { close(descriptor_); }
+
+RunFolder::RunFolder(const std::string& path, const std::vector<std::string>& others, const FolderLock::Warn& warn) {
+  locks_.emplace_back(path, warn);
+  for (const std::string& other : others) {
+    std::error_code missing;
+    const auto is_other = [&](const FolderLock& held) { return fs::equivalent(held.path(), other, missing); };
+    if (std::none_of(locks_.begin(), locks_.end(), is_other)) locks_.emplace_back(other, warn);
+  }
+}
 
 void RunFolder::mark_finished(std::int64_t step) const { write_durably(file("finished"), text("step ", step, '\n')); }
 

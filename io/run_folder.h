@@ -1,30 +1,46 @@
-// The folder of a run: used by one run at a time, with a mark when that is finished.
+// The folder of a run, and where else it writes: used by one run at a time, with a mark when that is finished.
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <list>
 #include <string>
+#include <vector>
 
 namespace distill {
 
-class RunFolder {
+// A folder that this process alone writes into until the lock is destroyed.
+class FolderLock {
  public:
-  // Makes the folder where it is missing and locks it until the process ends. A folder that another run holds is an
-  // input error that names that run.
-  explicit RunFolder(const std::string& path);
-  ~RunFolder();
-  RunFolder(const RunFolder&) = delete;
-  RunFolder& operator=(const RunFolder&) = delete;
+  using Warn = std::function<void(const std::string&)>;
+  // Makes the folder where it is missing. One that another run holds is an input error that names that run; a file
+  // system that knows no locks is a warning.
+  FolderLock(const std::string& path, const Warn& warn);
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
 
   const std::string& path() const { return path_; }
-  std::string file(const std::string& name) const { return path_ + "/" + name; }
+
+ private:
+  std::string path_;
+  int descriptor_ = -1;
+};
+
+class RunFolder {
+ public:
+  // Locks the folder and the `others` that the run writes into. Several names of one folder count once.
+  RunFolder(const std::string& path, const std::vector<std::string>& others, const FolderLock::Warn& warn);
+
+  const std::string& path() const { return locks_.front().path(); }
+  std::string file(const std::string& name) const { return path() + "/" + name; }
 
   // The file `finished` in the folder, for job scripts.
   void mark_finished(std::int64_t step) const;
   void clear_finished() const;
 
  private:
-  std::string path_;
-  int lock_ = -1;
+  std::list<FolderLock> locks_;
 };
 
 }  // namespace distill

@@ -19,6 +19,7 @@ class TensorboardSink final : public MetricSink {
   TensorboardSink(const std::string& folder, std::int64_t resumed_step, double now, Warn warn);
 
   void write(const MetricRecord& record) override;
+  void sync() override { file_.sync(); }
   const std::string& path() const { return file_.path(); }
 
  private:

@@ -430,6 +430,7 @@ void MpiSession::make_world() {
     state_->members[std::size_t(r)] = {r, other[0], from.substr(sizeof other), other[1]};
   }
   auto named = messages("world");
+  if (ranks_of_node(*named).front() == me.world_rank) SharedSegment::remove_leftovers();
   start_lives(*named, *state_->node);
   const bool one_node =
       std::all_of(state_->members.begin(), state_->members.end(), [](const Member& m) { return m.node == 0; });

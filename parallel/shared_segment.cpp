@@ -1,14 +1,18 @@
 #include "parallel/shared_segment.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <random>
+#include <string_view>
 #include <utility>
 
 #include "core/error.h"
@@ -18,6 +22,17 @@
 namespace distill {
 
 namespace {
+
+constexpr std::string_view prefix = "distill-";
+
+// A lock by which remove_leftovers() knows that the maker lives; the mapping of the file keeps it. False where the file
+// was removed before it had one.
+bool hold(const Descriptor& file) {
+  struct stat info {};
+  while (flock(file.get(), LOCK_SH) != 0)
+    if (errno != EINTR) return true;  // no locks here, so nobody else gets one
+  return fstat(file.get(), &info) != 0 || info.st_nlink > 0;
+}
 
 std::byte* map(int fd, std::size_t bytes, const std::string& name) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -38,9 +53,9 @@ SharedSegment SharedSegment::create(std::size_t bytes, const std::string& purpos
   std::random_device random;
   Descriptor file;
   do {
-    segment.name_ = text("/distill-", getpid(), "-", random());
+    segment.name_ = text('/', prefix, getpid(), "-", random());
     file = Descriptor(shm_open(segment.name_.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600));
-  } while (!file && errno == EEXIST);
+  } while (file ? !hold(file) : errno == EEXIST);
   check_input(bool(file), purpose, ": cannot make shared memory in /dev/shm: ", std::strerror(errno));
   segment.is_linked_ = true;
   const std::uint64_t available = shared_memory_available();
@@ -62,6 +77,19 @@ SharedSegment SharedSegment::open(const std::string& name, std::size_t bytes) {
   segment.data_ = map(file.get(), bytes, name);
   segment.size_ = bytes;
   return segment;
+}
+
+void SharedSegment::remove_leftovers() {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm", error)) {
+    const std::string name = entry.path().filename();
+    if (!name.starts_with(prefix)) continue;
+    const Descriptor file(shm_open(text('/', name).c_str(), O_RDONLY, 0));
+    struct stat info {};
+    const bool is_ours = file && fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode) && info.st_uid == geteuid();
+    // Whoever has just made it and waits for its lock meanwhile sees that the name is gone, and makes another.
+    if (is_ours && flock(file.get(), LOCK_EX | LOCK_NB) == 0) shm_unlink(text('/', name).c_str());
+  }
 }
 
 SharedSegment::SharedSegment(SharedSegment&& other) noexcept { *this = std::move(other); }

@@ -14,6 +14,8 @@ class SharedSegment {
   static SharedSegment create(std::size_t bytes, const std::string& purpose);
   // One that another process has made.
   static SharedSegment open(const std::string& name, std::size_t bytes);
+  // Removes what processes of this user that were killed have left of segments with a name: those that no maker holds.
+  static void remove_leftovers();
   SharedSegment(SharedSegment&& other) noexcept;
   SharedSegment& operator=(SharedSegment&& other) noexcept;
   ~SharedSegment();

@@ -22,6 +22,9 @@ class MetricSink {
   MetricSink& operator=(const MetricSink&) = delete;
 
   virtual void write(const MetricRecord& record) = 0;
+  // Returns when what was written before is on the disk itself and outlasts a loss of power; reports what keeps it from
+  // that. Another thread may call it while this one writes.
+  virtual void sync() = 0;
 };
 
 }  // namespace distill

@@ -17,6 +17,7 @@ struct TrainState {
   // Mean cross-entropy over the validation data at this very step; none where it was not validated or is not finite.
   std::optional<double> validation_loss = {};
   std::int64_t outlier_steps = 0;
+  std::int64_t last_record = 0;  // the last step that metrics were written of; 0: none, or not known
   std::vector<double> recent_losses = {}, recent_gradient_norms = {};  // what outliers are told by, oldest first
 };
 

@@ -160,6 +160,7 @@ Trainer::End Trainer::run(TrainState& state) {
     }
     if (hooks_.report && (due(options_.logging_steps) || validate || last || !result.applied)) {
       hooks_.report(metrics);
+      state.last_record = state.step;
       checkpoints_reported = times_.checkpoint;
     }
     if (stops) {

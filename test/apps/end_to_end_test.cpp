@@ -1,5 +1,7 @@
 // The program as a user runs it: train, distil on one rank and on two, stop, be killed, resume, and be told what is
 // wrong.
+#include <sys/ptrace.h>
+
 #include <catch2/catch.hpp>
 #include <cerrno>
 #include <chrono>
@@ -313,7 +315,7 @@ TEST_CASE("what keeps two ranks from starting after the plan is said once, witho
     CHECK_THAT(result.output, !Catch::Contains("MPI_ABORT"));
   };
   {
-    const distill::RunFolder held(shop.path("held"));
+    const distill::RunFolder held(shop.path("held"), {}, [](const std::string&) {});
     refused("held", {}, shop.path("held") + ": is in use by process " + std::to_string(getpid()));
   }
   REQUIRE(shop.train("first", {"max_steps=2"}).code == 0);
@@ -382,8 +384,72 @@ TEST_CASE("the configured patience decides when a silent rank is given up", "[e2
   const auto result = run.wait();
   INFO(result.output);
   CHECK(result.code == 3);
-  CHECK_THAT(result.output, Catch::Contains("rank 1 on "));
+  CHECK_THAT(result.output, Catch::Contains("distill: rank 0 on ") && Catch::Contains(": rank 1 on ") &&
+                                Catch::Contains("has shown no sign of life for 1") &&
+                                Catch::Contains(" for it in the logits channel"));
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(15));  // the default is 20
+}
+
+// Stops one thread of another process, not its others, until that ends.
+class StoppedThread {
+ public:
+  explicit StoppedThread(pid_t thread) : thread_(thread) {
+    is_stopped_ = ptrace(PTRACE_SEIZE, thread_, nullptr, nullptr) == 0 &&
+                  ptrace(PTRACE_INTERRUPT, thread_, nullptr, nullptr) == 0 &&
+                  waitpid(thread_, nullptr, __WALL) == thread_;
+    // Who started the process is told of its end only after us.
+    if (is_stopped_) waiter_ = std::thread([thread] { waitpid(thread, nullptr, __WALL); });
+  }
+  ~StoppedThread() {
+    if (!is_stopped_) return;
+    kill(thread_, SIGKILL);
+    waiter_.join();
+  }
+  explicit operator bool() const { return is_stopped_; }
+
+ private:
+  pid_t thread_;
+  bool is_stopped_ = false;
+  std::thread waiter_;
+};
+
+TEST_CASE("a teacher that lives but gives nothing is given up after peer_timeout", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  Process run(shop.training(
+      "idle", {"max_steps=100000", "save_steps=0", "eval_steps=0", "peer_dead_after=1s", "peer_timeout=4s"}, 2));
+  const fs::path csv = shop.path("logs/idle/metrics.csv");
+  for (int i = 0; i < 3000 && !(fs::exists(csv) && shop.losses("idle").size() > 2); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const pid_t teacher = run.child_with("OMPI_COMM_WORLD_RANK=1");
+  REQUIRE(teacher > 0);
+  const auto start = std::chrono::steady_clock::now();
+  const StoppedThread works(teacher);  // its heart goes on beating
+  if (!works) {
+    WARN("not tried: this machine does not let us stop one thread of a process");
+    return;
+  }
+  const auto result = run.wait();
+  INFO(result.output);
+  CHECK(result.code == 3);
+  CHECK_THAT(result.output, Catch::Contains("distill: rank 0 on ") && Catch::Contains(" s for rank 1 on ") &&
+                                Catch::Contains(" in the logits channel (") &&
+                                Catch::Contains("it lives but gives nothing (peer_timeout)") &&
+                                !Catch::Contains("no sign of life"));
+  const auto took = std::chrono::steady_clock::now() - start;
+  CHECK(took > std::chrono::seconds(4));
+  CHECK(took < std::chrono::seconds(20));
+}
+
+TEST_CASE("what a killed start left in shared memory goes when the next run starts", "[e2e]") {
+  const Workshop shop;
+  shop.make_teacher();
+  const std::string left = "/dev/shm/distill-1-" + std::to_string(getpid());
+  std::ofstream(left) << "left";
+  const auto result = Process(shop.command({"check", "--config", shop.path("run.yaml")}, 2)).wait();
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK_FALSE(fs::remove(left));
 }
 
 // A run of few, short steps and one slot of logits a chunk, on a disk that takes so long to keep the files named.
@@ -431,6 +497,22 @@ TEST_CASE("all wait for a checkpoint and for the export as long as they take, wh
     CHECK(result.code == 0);
     CHECK_THAT(result.output, Catch::Contains(" (a free slot for chunk "));
   }
+}
+
+TEST_CASE("metrics are on the disk before the checkpoint of their step has its name", "[e2e]") {
+  const Workshop shop;
+  Process run(on_slow_disk(shop, "metrics", "metrics.csv", "2", 0, {"distill_loss_weight=0", "max_steps=1"}));
+  const auto is_there = [&](const std::string& name) { return fs::exists(shop.path("metrics/checkpoints/" + name)); };
+  for (int i = 0; i < 3000 && !is_there(".step-000001.partial/manifest.json"); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  REQUIRE(is_there(".step-000001.partial/manifest.json"));
+  CHECK(shop.losses("metrics").size() == 1);
+  std::this_thread::sleep_for(std::chrono::seconds(1));
+  CHECK_FALSE(is_there("step-000001"));
+  const auto result = run.wait();
+  INFO(result.output);
+  CHECK(result.code == 0);
+  CHECK(is_there("step-000001"));
 }
 
 TEST_CASE("a student that stops during the export is noticed by the teacher that waits for the end", "[e2e]") {

@@ -8,6 +8,7 @@
 #include <optional>
 #include <thread>
 
+#include "io/checkpoint_manifest.h"
 #include "test/support/limit.h"
 #include "test/support/small_disk.h"
 #include "test/support/workshop.h"
@@ -105,6 +106,23 @@ TEST_CASE("a damaged newest checkpoint is named and the one before it is used", 
   }
 }
 
+TEST_CASE("a state of which there is no room for a copy is an error before the first step", "[faults][preload]") {
+  const Workshop shop;
+  train(shop, "whole", plain(2));
+  std::uint64_t bytes = 0;
+  for (const auto& shard : distill::read_manifest(shop.path("whole/checkpoints/step-000002")).shards)
+    for (const auto& dataset : shard.datasets) bytes += dataset.range.bytes;
+  Words words{"LD_PRELOAD=" DISTILL_NO_MEMORY, "NO_MEMORY_BYTES=" + std::to_string(bytes)};
+  const Words training = shop.training("short", plain(2, {"save_steps=0"}), 0);
+  words.insert(words.end(), training.begin(), training.end());
+  const auto result = Process(words).wait();
+  INFO(result.output);
+  CHECK(result.code == 2);
+  CHECK(occurrences(result.output, "distill: the copy of the state that checkpoints are written from: out of memory: " +
+                                       std::to_string(bytes) + " bytes asked for\n") == 1);
+  CHECK_FALSE(fs::exists(shop.path("logs/short/metrics.csv")));
+}
+
 TEST_CASE("a file system that is read-only is said before anything starts", "[faults]") {
   const Workshop shop;
   fs::create_directory(shop.path("disk"));
@@ -171,12 +189,69 @@ TEST_CASE("of two runs in one folder the second is told who holds it, and starts
   CHECK(holder.starts_with("process "));
   const auto refused = train(shop, "shared", plain(100000), 2);
   CHECK(occurrences(refused.output, shop.path("shared") + ": is in use by " + holder + "; wait for that run") == 1);
+  // Other folders, but one of those that the first run writes into.
+  const std::string elsewhere = "output_dir=" + shop.path("elsewhere");
+  const auto logs = train(shop, "shared", plain(100000, {elsewhere}), 2);
+  CHECK(occurrences(logs.output, shop.path("logs/shared") + ": is in use by " + holder + "; wait for that run") == 1);
+  const auto checkpoints = train(shop, "shared",
+                                 plain(100000, {elsewhere, "logging_dir=" + shop.path("other-logs"),
+                                                "checkpoint_config.output_dir=" + shop.path("")}),
+                                 2);
+  CHECK(occurrences(checkpoints.output, shop.path("shared") + ": is in use by " + holder) == 1);
+  CHECK_FALSE(fs::exists(shop.path("other-logs/shared/metrics.csv")));
   CHECK(first.is_running());
   first.signal(SIGKILL);
   CHECK(first.wait().code == 128 + SIGKILL);
   const int done = int(shop.losses("shared").size());
   const auto next = train(shop, "shared", plain(done + 1));
   CHECK_THAT(next.output, Catch::Contains("resumed from " + shop.path("shared/checkpoints/step-")));
+}
+
+TEST_CASE("metrics that a loss of power took are told, and the run goes on", "[faults]") {
+  const Workshop shop;
+  train(shop, "gap", plain(5, {"logging_steps=3", "save_steps=5"}));
+  const std::string csv = "logs/gap/metrics.csv", lines = contents(shop.path(csv));
+  CHECK(shop.losses("gap").size() == 2);  // of steps 3 and 5
+  shop.write(csv, lines.substr(0, lines.rfind('\n', lines.size() - 2) + 1));
+  const auto result = train(shop, "gap", plain(6));
+  CHECK(occurrences(result.output, "warning: " + shop.path(csv) +
+                                       ": lacks the records of steps 4 to 5 of the run that is resumed\n") == 1);
+  CHECK(occurrences(result.output, "warning: ") == 1);
+  CHECK(column(shop.path(csv), "step") == Words{"3", "6"});
+  // Nothing is missing where the resumed step is not one of those that are logged.
+  const std::string middle = "resume_from_checkpoint=" + shop.path("sparse/checkpoints/step-000003");
+  train(shop, "sparse", plain(6, {"logging_steps=2", "save_steps=3"}));
+  CHECK_THAT(train(shop, "sparse", plain(6, {"logging_steps=2", middle})).output,
+             !Catch::Contains("warning: ") && Catch::Contains("resumed from "));
+  CHECK(column(shop.path("logs/sparse/metrics.csv"), "step") == Words{"2", "4", "6"});
+}
+
+TEST_CASE("a resume with other training data says so in one line and goes on", "[faults]") {
+  const Workshop shop;
+  train(shop, "data", plain(2));
+  const auto said = [&](const std::string& output) {
+    return occurrences(output, ": was written with other training data (60 records of ");
+  };
+  // The same records, encoded beforehand, by another name.
+  shop.write("same.jsonl", contents(shop.path("train.jsonl")));
+  const std::string same = "student.data_args.file_name=" + shop.path("same.jsonl");
+  const auto encoded = Process(shop.command({"encode", "--config", shop.path("run.yaml"), same})).wait();
+  CHECK(encoded.code == 0);
+  const auto unchanged = train(shop, "data", plain(3, {same}));
+  CHECK_THAT(unchanged.output, Catch::Contains("; from ") && Catch::Contains("resumed from "));
+  CHECK(said(unchanged.output) == 0);
+  // The same ones in another order.
+  const std::string lines = contents(shop.path("train.jsonl"));
+  const std::size_t second = lines.find('\n') + 1;
+  shop.write("turned.jsonl", lines.substr(second) + lines.substr(0, second));
+  const std::string turned = "student.data_args.file_name=" + shop.path("turned.jsonl");
+  Words check = plain(4, {turned, "exp_name=data"});
+  check.insert(check.begin(), {"check", "--config", shop.path("run.yaml")});
+  CHECK(said(Process(shop.command(check)).wait().output) == 1);
+  const auto changed = train(shop, "data", plain(4, {turned}));
+  CHECK(said(changed.output) == 1);
+  CHECK_THAT(changed.output, Catch::Contains("; this run: 60 records of ") &&
+                                 Catch::Contains("the order of the data is not the interrupted run's\n"));
 }
 
 TEST_CASE("SIGINT and SIGTERM save and leave with 85", "[faults]") {

@@ -1,6 +1,6 @@
 // Kill -9 of any rank at any moment, again and again: once the run comes to its end, it is the run that was never
-// killed. Tag [full] is the long campaign, run by hand. DISTILL_KILL_SEED repeats the moments of a run of this test as
-// far as the machine does.
+// killed, although it went on from checkpoints. Tag [full] is the long campaign, run by hand. DISTILL_KILL_SEED repeats
+// the moments of a run of this test as far as the machine does.
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <cstdlib>
@@ -61,31 +61,44 @@ class Victim {
                                                   "resume_from_checkpoint=true",
                                                   "student.model_args.dtype=" + dtype};
     const auto start = Clock::now();
-    const auto whole = run("whole");
+    Process run(shop_.training(name("whole"), layout_.overrides, layout_.ranks));
+    wait_for_checkpoint(run, "whole");
+    const auto first_checkpoint = Clock::now();
+    const auto whole = run.wait();
     whole_takes_ = Clock::now() - start;
+    rest_takes_ = Clock::now() - first_checkpoint;
     INFO(whole.output);
     REQUIRE(whole.code == 0);
   }
 
-  // Kills until that many hit. A run that comes to its end before is checked and begun anew, the last one brought to
-  // it.
+  // Kills until that many hit, every other one only once there is a checkpoint, and so the last one. A run that comes
+  // to its end before is checked and begun anew, the last one brought to it.
   void survive(int kills, std::mt19937& random) {
+    REQUIRE(kills % 2 == 0);
     forget();
+    resumes_ = 0;
     for (int hits = 0, starts = 0; hits < kills; ++starts) {
       REQUIRE(starts < 20 * kills);
-      const Seconds moment = whole_takes_ * std::uniform_real_distribution<>(0, 1)(random);
+      const bool waits = hits % 2 == 1;
+      const Seconds most = waits ? rest_takes_ / 2 : whole_takes_,
+                    moment = most * std::uniform_real_distribution<>(0, 1)(random);
       const int rank = layout_.ranks == 0 ? 0 : std::uniform_int_distribution<>(0, layout_.ranks - 1)(random);
-      if (is_killed(rank, moment)) {
+      if (is_killed(rank, moment, waits)) {
         ++hits;
       } else {
         check_same();
         forget();
       }
     }
+    const bool goes_on = has_checkpoint("killed");
     const auto last = run("killed");
     INFO(last.output);
     REQUIRE(last.code == 0);
+    count_resume(last.output, goes_on);
     check_same();
+    std::cout << layout_.name << ": " << resumes_ << " of " << kills << " kills were resumed from a checkpoint"
+              << std::endl;
+    CHECK(resumes_ > 0);
   }
 
  private:
@@ -98,9 +111,29 @@ class Victim {
     return shop_.train(name(kind), layout_.overrides, layout_.ranks);
   }
 
-  // False where the run was over before.
-  bool is_killed(int rank, Seconds moment) const {
+  bool has_checkpoint(const std::string& kind) const {
+    std::error_code none;
+    for (const auto& entry : fs::directory_iterator(shop_.path(name(kind) + "/checkpoints"), none))
+      if (fs::exists(entry.path() / "manifest.json") && !entry.path().filename().string().starts_with('.')) return true;
+    return false;
+  }
+  void wait_for_checkpoint(const Process& run, const std::string& kind) const {
+    while (!has_checkpoint(kind) && run.is_running()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  // A start after a kill.
+  void count_resume(const std::string& output, bool goes_on) {
+    const std::string words = " after step ";
+    const std::size_t from = output.find("resumed from "),
+                      at = from == std::string::npos ? from : output.find(words, from);
+    if (at != std::string::npos && std::atoi(output.c_str() + at + words.size()) > 0) ++resumes_;
+    if (goes_on) CHECK_THAT(output, !Catch::Contains("starting at step 0"));
+  }
+
+  // False where the run was over before. The moment begins with the run or, if it `waits`, with its first checkpoint.
+  bool is_killed(int rank, Seconds moment, bool waits) {
+    const bool goes_on = has_checkpoint("killed");
     Process run(shop_.training(name("killed"), layout_.overrides, layout_.ranks));
+    if (waits) wait_for_checkpoint(run, "killed");
     std::this_thread::sleep_for(moment);
     bool is_sent = true;
     if (layout_.ranks == 0) {
@@ -120,6 +153,7 @@ class Victim {
     // A resume that a kill made impossible would be bad input; what nobody killed ends well.
     CHECK(result.code != 2);
     if (!is_sent) CHECK(result.code == 0);
+    count_resume(result.output, goes_on);
     return result.code != 0;
   }
 
@@ -160,7 +194,8 @@ class Victim {
 
   const Workshop& shop_;
   Layout layout_;
-  Seconds whole_takes_{};
+  Seconds whole_takes_{}, rest_takes_{};  // from the start, from the first checkpoint
+  int resumes_ = 0;                       // starts that went on from a checkpoint
 };
 
 }  // namespace

@@ -299,6 +299,14 @@ TEST_CASE("the time of a save is in the next report, however late that is", "[tr
   CHECK(reported < 1.2 * run.save_seconds);
 }
 
+TEST_CASE("a checkpoint knows the last step that was reported", "[trainer]") {
+  Run run({.logging_steps = 4});
+  run.go(9);
+  std::vector<std::int64_t> reported;
+  for (const TrainState& state : run.saved) reported.push_back(state.last_record);
+  CHECK(reported == std::vector<std::int64_t>{0, 4, 4, 8, 9});
+}
+
 TEST_CASE("a checkpoint of a step that was not validated has no validation loss", "[trainer]") {
   Run run({.with_validation = true});
   run.stop = [&] { return run.records.size() == 3; };

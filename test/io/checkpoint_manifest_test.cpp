@@ -37,7 +37,20 @@ TEST_CASE("a run may go on where grid and global batch are the same; what else d
         Lines{"step-000002: was written with seed 42, this run has 7: the data comes in another order",
               "step-000002: was written with 2 compute threads a rank, this run has 3: the run goes on, but not with "
               "the same bits"});
-  run.threads = 0;  // not known
+  const StoredData data{.records = 60, .tokens = 900, .hash = "ab"};
+  run.data = data;  // an older manifest knows nothing of it
+  CHECK(check_continues("step-000002", manifest, run).size() == 2);
+  manifest.run.data = data;
+  CHECK(check_continues("step-000002", manifest, run).size() == 2);
+  for (const StoredData& other : {StoredData{61, 900, "ab"}, StoredData{60, 901, "ab"}, StoredData{60, 900, "cd"}}) {
+    run.data = other;
+    CHECK(check_continues("step-000002", manifest, run).at(1) ==
+          text("step-000002: was written with other training data (60 records of 900 tokens, hash ab; this run: ",
+               other.records, " records of ", other.tokens, " tokens, hash ", other.hash,
+               "): from here on the order of the data is not the interrupted run's"));
+  }
+  run.data.reset();  // not known
+  run.threads = 0;   // not known
   CHECK(check_continues("step-000002", manifest, run).size() == 1);
   run.samples_per_step = 6;
   CHECK(refusal("", [&] {
@@ -47,6 +60,7 @@ TEST_CASE("a run may go on where grid and global batch are the same; what else d
   run.grid.tp = 2;
   const Lines differences = check_continues("step-000002", manifest, run);
   CHECK(std::count_if(differences.begin(), differences.end(), [](const std::string& line) {
-          return line.find("was written by another grid (tp 1, pp 1, dp 1; this run: tp 2, pp 1, dp 1)") != std::string::npos;
+          return line.find("was written by another grid (tp 1, pp 1, dp 1; this run: tp 2, pp 1, dp 1)") !=
+                 std::string::npos;
         }) == 1);
 }

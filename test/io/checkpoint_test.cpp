@@ -89,6 +89,7 @@ struct State {
              .samples = std::int64_t(1) << 40,
              .tokens = std::int64_t(1) << 60,
              .outlier_steps = 3,
+             .last_record = std::int64_t(seed) - 2,
              .recent_losses = {1.0 / 3, 1e-300},
              .recent_gradient_norms = {double(seed) / 7}};
   }
@@ -97,7 +98,8 @@ struct State {
     std::string out =
         text(train.step, ' ', std::bit_cast<std::uint64_t>(train.loss_scale), ' ', train.loss_scale_good_steps, ' ',
              train.nonfinite_in_a_row, ' ', train.optimizer_updates, ' ', train.samples, ' ', train.tokens, ' ',
-             std::bit_cast<std::uint64_t>(train.validation_loss.value_or(-1)), ' ', train.outlier_steps, ' ');
+             std::bit_cast<std::uint64_t>(train.validation_loss.value_or(-1)), ' ', train.outlier_steps, ' ',
+             train.last_record, ' ');
     for (const std::vector<double>* recent : {&train.recent_losses, &train.recent_gradient_norms})
       for (const double value : *recent) out += text(std::bit_cast<std::uint64_t>(value), ' ');
     for (const CheckpointTensor& t : tensors())
@@ -106,8 +108,13 @@ struct State {
   }
 };
 
-const CheckpointRun run{
-    .version = "1.2.3", .config = "seed: 3\n", .seed = 3, .threads = 2, .samples_per_step = 8, .grid = {}};
+const CheckpointRun run{.version = "1.2.3",
+                        .config = "seed: 3\n",
+                        .seed = 3,
+                        .threads = 2,
+                        .samples_per_step = 8,
+                        .grid = {},
+                        .data = StoredData{.records = 60, .tokens = 1 << 20, .hash = "0123"}};
 
 // A store over one rank, with what it warned of.
 struct Store {
@@ -416,6 +423,22 @@ TEST_CASE("a checkpoint of another run is refused or warned of", "[checkpoint]")
                 "but not "
                 "with the same bits"});
   }
+  SECTION("data") {
+    other.data->hash = "4567";
+    store.reopen(other);
+    store.load("step-000001");
+    CHECK(
+        store.warnings ==
+        Lines{"checkpoints/step-000001: was written with other training data (60 records of 1048576 tokens, hash 0123; "
+              "this run: 60 records of 1048576 tokens, hash 4567): from here on the order of the data is not the "
+              "interrupted run's"});
+    // Older manifests do not know their data.
+    store.warnings.clear();
+    forge(store.path("step-000001/manifest.json"), [](json& m) { m["run"].erase("data"); });
+    store.load("step-000001");
+    CHECK(store.state.bits() == bits_of(1));
+    CHECK(store.warnings.empty());
+  }
   CHECK(store.refuse("step-000007") == "checkpoints/step-000007: has no manifest.json: not a complete checkpoint");
 }
 
@@ -505,12 +528,16 @@ TEST_CASE("a best checkpoint that cannot be marked is a checkpoint", "[checkpoin
   CHECK(store.newest() == "step-000001");
 }
 
-TEST_CASE("checkpoints from before validation losses were kept are read", "[checkpoint]") {
+TEST_CASE("checkpoints from before validation losses and records were kept are read", "[checkpoint]") {
   Store store;
   store.save(1);
-  forge(store.path("step-000001/manifest.json"), [](json& m) { m["state"].erase("validation_loss"); });
+  forge(store.path("step-000001/manifest.json"), [](json& m) {
+    m["state"].erase("validation_loss");
+    m["state"].erase("last_record");
+  });
   CHECK(store.newest() == "step-000001");
   store.load("step-000001");
+  CHECK(std::exchange(store.state.train.last_record, -1) == 0);
   CHECK(store.state.bits() == bits_of(1));
 }
 

@@ -191,7 +191,7 @@ TEST_CASE("what the disk has not kept is removed, and the one before stays", "[w
   disk_forgets = true;
   rank.save(2);
   CHECK(refusal(scratch.path(), [&] { rank.writer->finish(); }) ==
-        "checkpoints/step-000002/student-pp0-tp0-dp0.h5: values/w is damaged (its checksum does not match)");
+        "checkpoints/.step-000002.partial/student-pp0-tp0-dp0.h5: values/w is damaged (its checksum does not match)");
   disk_forgets = false;
   CHECK(rank.warned().size() == 1);
   CHECK(names_in(rank.folder) == Lines{"step-000001"});
@@ -199,6 +199,59 @@ TEST_CASE("what the disk has not kept is removed, and the one before stays", "[w
   rank.writer->finish();
   CHECK(names_in(rank.folder) == Lines{"step-000002"});
   CHECK(rank.value("step-000002", 0) == 20);
+}
+
+TEST_CASE("what must not be behind a checkpoint is called for before that has its name, on the first rank",
+          "[writer]") {
+  const ScratchFolder scratch;
+  const std::string folder = scratch.path("checkpoints");
+  std::vector<Lines> seen;
+  run_ranks(2, [&](Communicator& world) {
+    const StoredMatrix part{
+        .name = "values/w", .rows = 1, .cols = 1, .whole_rows = 2, .whole_cols = 1, .first_row = world.rank()};
+    CheckpointWriter writer(
+        folder, {}, {.dp = world.rank()}, 0, world, [](const std::string&) {},
+        [&] {
+          seen.push_back(names_in(folder));
+          if (seen.size() == 2) fail("out of luck");
+        });
+    const auto save = [&](std::int64_t step) {
+      writer.save({.step = step}, {part}, [](std::size_t, std::span<std::byte>) {});
+      writer.finish();
+    };
+    save(1);
+    const Error error = error_of([&] { save(2); });
+    check(std::string(error.what()) == "out of luck", error.what());
+  });
+  CHECK(seen == std::vector<Lines>{{".step-000001.partial"}, {".step-000002.partial", "step-000001"}});
+  CHECK(names_in(folder) == Lines{"step-000001"});
+}
+
+TEST_CASE("an older checkpoint of the same step goes once the new one has been read back", "[writer]") {
+  const ScratchFolder scratch;
+  std::atomic<int> refused = 0;
+  run_ranks(2, [&](Communicator& world) {
+    Rank rank(scratch, world);  // which keeps all and so reads none back
+    rank.save(1);
+    rank.save(2);
+    rank.writer->finish();
+    const auto serial = [&] { return read_manifest(rank.folder + "/step-000002").serial; };
+    check(serial() == 2, "the older one");
+    world.barrier();
+    disk_forgets = true;
+    world.barrier();
+    rank.save(2);
+    refused += error_of([&] { rank.writer->finish(); }).code() == ExitCode::bad_input;
+    world.barrier();
+    disk_forgets = false;
+    check(names_in(rank.folder) == Lines{"step-000001", "step-000002"}, "something else is there");
+    check(serial() == 2 && rank.value("step-000002", 0) == 20 && rank.value("step-000002", 1) == 21, "it is gone");
+    world.barrier();
+    rank.save(2);
+    rank.writer->finish();
+    check(serial() > 2 && rank.value("step-000002", 1) == 21, "the newer one");
+  });
+  CHECK(refused == 2);
 }
 
 TEST_CASE("a rank that fails is not waited for, and does not wait", "[writer]") {

@@ -3,14 +3,29 @@
 
 #include <hdf5.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <array>
 #include <catch2/catch.hpp>
+#include <cerrno>
 
 #include "test/support/refusal.h"
 #include "test/support/scratch_folder.h"
 
 using namespace distill;
 using namespace distill::test;
+
+namespace {
+bool has_locks = true;
+}
+
+// A file system without locks, as some network file systems are.
+extern "C" int flock(int file, int operation) noexcept {
+  if (has_locks) return int(syscall(SYS_flock, file, operation));
+  errno = EOPNOTSUPP;
+  return -1;
+}
 
 namespace {
 
@@ -45,4 +60,24 @@ TEST_CASE("what is no HDF5 file is an input error", "[hdf5]") {
   const ScratchFolder folder;
   folder.write("file.h5", "not HDF5");
   CHECK(refusal(folder.path(), [&] { Hdf5Reader(folder.path("file.h5")); }).starts_with("file.h5: cannot "));
+}
+
+TEST_CASE("matrices are kept on file systems that know no locks", "[hdf5]") {
+  const ScratchFolder folder;
+  const std::string path = folder.path("file.h5");
+  const StoredMatrix matrix{.name = "a/b", .rows = 2, .cols = 2, .whole_rows = 2, .whole_cols = 2};
+  const std::array<float, 4> values{1, 2, 3, 4};
+  std::array<float, 4> found{};
+  has_locks = false;
+  // What the library does by itself.
+  CHECK(H5Fcreate(folder.path("locked.h5").c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT) < 0);
+  const std::string problem = refusal(folder.path(), [&] {
+    Hdf5Writer out(path);
+    out.write(matrix, std::as_bytes(std::span(values)));
+    out.close();
+    Hdf5Reader(path).read(matrix, {0, 0, 2, 2}, reinterpret_cast<std::byte*>(found.data()), 2);
+  });
+  has_locks = true;
+  CHECK(problem == "no error");
+  CHECK(found == values);
 }

@@ -17,6 +17,21 @@ using namespace distill;
 using namespace distill::test;
 
 namespace {
+std::vector<std::string> flushed;  // names of files, in the order of the calls
+bool disk_fails = false;
+
+int flush(int file) {
+  const auto path = std::filesystem::read_symlink("/proc/self/fd/" + std::to_string(file));
+  flushed.push_back(path.filename().string().substr(0, 11));
+  if (disk_fails) errno = EIO;
+  return disk_fails ? -1 : 0;
+}
+}  // namespace
+
+extern "C" int fsync(int file) { return flush(file); }
+extern "C" int fdatasync(int file) { return flush(file); }
+
+namespace {
 
 const std::vector<std::string> names = {"train/loss", "student/val_loss"};
 
@@ -150,6 +165,63 @@ TEST_CASE("track_with chooses the files", "[metric_sinks]") {
   CHECK(files({"csv"}) == Files{"metrics.csv"});
   CHECK(files({"tensorboard"}) == Files{"events.out."});
   CHECK(files({"tensorboard", "hdf5", "csv"}) == Files{"events.out.", "metrics.csv", "metrics.h5"});
+}
+
+TEST_CASE("every file is made durable when that is asked for; a disk that fails is reported once", "[metric_sinks]") {
+  const ScratchFolder folder;
+  std::vector<std::string> warnings;
+  const auto sinks = make_sinks({"csv", "hdf5", "tensorboard"},
+                                {.folder = folder.path(), .names = names, .warn = [&](const std::string& message) {
+                                   warnings.push_back(message);
+                                 }});
+  const auto sync = [&] {
+    flushed.clear();
+    for (const auto& sink : sinks) sink->sync();
+  };
+  using Files = std::vector<std::string>;
+  sync();
+  CHECK(flushed == Files{"metrics.csv", "metrics.h5", "events.out."});
+  disk_fails = true;
+  sync();
+  sync();
+  disk_fails = false;
+  CHECK(flushed.size() == 3);
+  REQUIRE(warnings.size() == 3);
+  CHECK(without(warnings[0], folder.path()) == "metrics.csv: cannot flush to the disk: Input/output error");
+  CHECK(without(warnings[1], folder.path()) == "metrics.h5: cannot flush: Input/output error");
+  sync();
+  for (const auto& sink : sinks) sink->write(record(1, 2));
+  CHECK(read(folder.path("metrics.csv")) == header + "1,1001.250,2,\n");
+}
+
+TEST_CASE("a record that lacks steps before the resumed one is told once", "[metric_sinks]") {
+  const ScratchFolder folder;
+  std::vector<std::string> warnings;
+  const auto resume = [&](const std::vector<std::string>& track_with, std::int64_t step, std::int64_t last_record) {
+    warnings.clear();
+    make_sinks(track_with, {.folder = folder.path(),
+                            .names = names,
+                            .resumed_step = step,
+                            .last_record = last_record,
+                            .warn = [&](const std::string& m) { warnings.push_back(without(m, folder.path())); }});
+    return warnings;
+  };
+  using Lines = std::vector<std::string>;
+  const std::vector<std::string> all = {"csv", "hdf5", "tensorboard"};
+  const std::string rows = "1,1.0,3,\n2,2.0,3,4\n4,3.0,3,\n";
+  folder.write("metrics.csv", header + rows);
+  CHECK(resume(all, 5, 4).empty());
+  CHECK(resume(all, 4, 4).empty());
+  CHECK(resume({"hdf5"}, 4, 4).empty());  // which was made from it
+  CHECK(resume(all, 5, 0).empty());       // not known
+  CHECK(resume(all, 6, 6) == Lines{"metrics.csv: lacks the records of steps 5 to 6 of the run that is resumed"});
+  CHECK(resume({"hdf5"}, 6, 5) == Lines{"metrics.h5: lacks the records of steps 5 to 5 of the run that is resumed"});
+  folder.write("metrics.csv", header + "1,1.0,3,\n2,2.0");  // torn
+  CHECK(resume(all, 4, 4) == Lines{"metrics.csv: lacks the records of steps 2 to 4 of the run that is resumed"});
+  std::filesystem::remove(folder.path("metrics.csv"));
+  CHECK(resume({"csv"}, 4, 4) == Lines{"metrics.csv: lacks the records of steps 1 to 4 of the run that is resumed"});
+  CHECK(resume({"tensorboard"}, 4, 4).empty());
+  CHECK(resume(all, 0, 0).empty());
 }
 
 TEST_CASE("console: one line a record with units", "[metric_sinks]") {

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <filesystem>
@@ -303,6 +304,42 @@ TEST_CASE("partners of a group open their channel, and its memory has no name le
       check(teach(*sink, 40), "the student left");
     }
   });
+}
+
+TEST_CASE("names that killed processes left are removed, those of living ones are not") {
+  const auto exists = [](const std::string& name) { return std::filesystem::exists("/dev/shm" + name); };
+  std::string left;
+  {
+    int ends[2];
+    REQUIRE(pipe(ends) == 0);
+    Child killed([&] {
+      const SharedSegment segment = SharedSegment::create(100, "the ring");
+      if (write(ends[1], segment.name().data(), segment.name().size()) > 0) pause();
+    });
+    left.resize(100);
+    left.resize(std::size_t(std::max<ssize_t>(read(ends[0], left.data(), left.size()), 0)));
+    close(ends[0]);
+    close(ends[1]);
+    SharedSegment::remove_leftovers();
+    CHECK(exists(left));  // its maker lives
+  }
+  REQUIRE(exists(left));
+  SharedSegment mine = SharedSegment::create(100, "the ring");
+  const SharedSegment moved = std::move(mine);
+  SharedSegment::remove_leftovers();
+  CHECK_FALSE(exists(left));
+  CHECK(exists(moved.name()));
+  CHECK(SharedSegment::open(moved.name(), 100).size() == 100);
+}
+
+TEST_CASE("what is being made is not taken for a leftover") {
+  Child sweeper([] {
+    for (;;) SharedSegment::remove_leftovers();
+  });
+  for (int i = 0; i < 2000; ++i) {
+    const SharedSegment segment = SharedSegment::create(100, "the ring");
+    CHECK(SharedSegment::open(segment.name(), 100).size() == 100);
+  }
 }
 
 TEST_CASE("shared memory that the machine does not give is an input error that says what for") {

@@ -21,8 +21,11 @@ static int is_slow(int file) {
   return 0;
 }
 
-int fsync(int file) {
-  int (*const real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+static int slowly(int file, const char* name) {
+  int (*const real)(int) = (int (*)(int))dlsym(RTLD_NEXT, name);
   if (is_slow(file)) usleep((useconds_t)(atof(getenv("SLOW_SECONDS")) * 1e6));
   return real(file);
 }
+
+int fsync(int file) { return slowly(file, "fsync"); }
+int fdatasync(int file) { return slowly(file, "fdatasync"); }
