@@ -254,6 +254,8 @@ struct Outcomes {
   bool is_cut = false, has_bucket = false;
   S bucket_a = 0, bucket_b = 0;  // log Σ exp over the rest
   S log_zs = 0, log_zt = 0;      // log Σ exp(a), log Σ exp(b) over the outcomes
+  // bucket_a − bucket_b and log_zs − log_zt with fewer roundings: the four are about 10, a divergence may be 1e-8.
+  S bucket_difference = 0, log_difference = 0;
 
   // The bucket comes after the columns, and counts once: where column 0 is.
   DISTILL_HD std::int64_t size() const { return x.row.columns + (has_bucket && x.row.first == 0 && x.row.columns > 0); }
@@ -261,8 +263,8 @@ struct Outcomes {
   DISTILL_HD S a(std::int64_t j) const { return j < x.row.columns ? x.a(j) : bucket_a; }
   DISTILL_HD S b(std::int64_t j) const { return j < x.row.columns ? x.b(j) : bucket_b; }
   DISTILL_HD Outcome<S> at(std::int64_t j) const {
-    const S aj = a(j), bj = b(j);
-    return {aj - log_zs, bj - log_zt, (bj - aj) + (log_zs - log_zt)};
+    const S aj = a(j), bj = b(j), difference = j < x.row.columns ? aj - bj : bucket_difference;
+    return {aj - log_zs, bj - log_zt, log_difference - difference};
   }
 };
 
@@ -271,6 +273,7 @@ struct Outcomes {
 template <class S>
 struct LogSums {
   S student = 0, teacher = 0, kept_mass = 0;  // kept_mass: Σ exp(b) of the kept
+  S difference = 0;                           // student − teacher, with fewer roundings
 };
 
 // The largest a and b of those entries; the lowest number when there are none.
@@ -307,7 +310,8 @@ DISTILL_HD CutSums<S> cut_sums(Team team, const CentredRow<S, T>& x, const TopkC
 template <class S>
 DISTILL_HD LogSums<S> log_sums(const Maxima<S>& most, const CutSums<S>& sums) {
   using std::exp, std::log;
-  return {most.student + log(sums.student), most.teacher + log(sums.teacher), exp(most.teacher) * sums.teacher};
+  return {most.student + log(sums.student), most.teacher + log(sums.teacher), exp(most.teacher) * sums.teacher,
+          (most.student - most.teacher) + log(sums.student / sums.teacher)};
 }
 
 template <class Team, class S, class T>
@@ -449,6 +453,7 @@ DISTILL_HD void distill_row(Team team, G* dlogits, S* terms, const LossRow<S, T>
     Outcomes<S, T> outcomes{x};
     outcomes.log_zs = log_zs;
     outcomes.log_zt = log_zt;
+    outcomes.log_difference = log(sums.student / sums.teacher);
     if (spec.topk > 0 && spec.topk < spec.vocabulary) {
       outcomes.is_cut = true;
       outcomes.cut = find_topk(team, row, spec.topk);
@@ -457,11 +462,13 @@ DISTILL_HD void distill_row(Team team, G* dlogits, S* terms, const LossRow<S, T>
       if (spec.topk_mode == TopkMode::renormalize) {
         outcomes.log_zs = kept.student;
         outcomes.log_zt = kept.teacher;
+        outcomes.log_difference = kept.difference;
       } else {
         const LogSums<S> rest = cut_log_sums(team, x, outcomes.cut, false);
         outcomes.has_bucket = true;
         outcomes.bucket_a = rest.student;
         outcomes.bucket_b = rest.teacher;
+        outcomes.bucket_difference = rest.difference;
       }
     }
     const Divergence d = settled(team, outcomes, divergence);

@@ -56,6 +56,7 @@ struct LossArguments {
     Outcomes<S, T> x{CentredRow<S, T>(row(r), p.most, spec)};
     x.log_zs = log(p.sums.student);
     x.log_zt = log(p.sums.teacher);
+    x.log_difference = log(p.sums.student / p.sums.teacher);
     if (!is_cut(spec)) return x;
     x.is_cut = true;
     x.cut = {p.topk.key, ~p.tie.key};
@@ -63,9 +64,11 @@ struct LossArguments {
       x.has_bucket = true;
       x.bucket_a = p.rest.student;
       x.bucket_b = p.rest.teacher;
+      x.bucket_difference = p.rest.difference;
     } else {
       x.log_zs = p.kept.student;
       x.log_zt = p.kept.teacher;
+      x.log_difference = p.kept.difference;
     }
     return x;
   }
