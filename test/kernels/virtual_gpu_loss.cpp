@@ -1,7 +1,7 @@
-// The loss of the CUDA backend on the virtual GPU: operands go to the device and back with the gaps between their rows.
+// The loss of the CUDA backend, on the virtual GPU or a real one: operands go to the device and back with the gaps
+// between their rows.
 #include "kernels/backends.h"
 #include "test/support/loss_chunk.h"
-#include "virtual_gpu/virtual_gpu.h"
 
 namespace distill::test {
 namespace {
