@@ -1,5 +1,4 @@
-// The loss of the CUDA backend, on the virtual GPU or a real one: operands go to the device and back with the gaps
-// between their rows.
+// The loss of the CUDA backend on the virtual GPU: operands go to the device and back with the gaps between their rows.
 #include "kernels/backends.h"
 #include "test/support/loss_chunk.h"
 

@@ -104,7 +104,7 @@ class Table {
   // rate in G…/s; ceiling the same, 0: it is one.
   static void row(const std::string& operation, const std::string& sizes, double seconds, double rate, const char* unit,
                   double ceiling) {
-    std::printf("| %s | %s | %.1f | %.1f %s | ", operation.c_str(), sizes.c_str(), 1e6 * seconds, rate, unit);
+    std::printf("| %s | %s | %.1f | %.4g %s | ", operation.c_str(), sizes.c_str(), 1e6 * seconds, rate, unit);
     ceiling > 0 ? std::printf("%.1f %% |\n", 100 * rate / ceiling) : std::printf("ceiling |\n");
     std::fflush(stdout);
   }
