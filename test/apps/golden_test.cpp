@@ -358,11 +358,9 @@ TEST_CASE("thirty AdamW steps follow torch", "[golden]") {
   options.logits_chunk = Pair::chunk;
   std::vector<MetricRecord> records;
   Alone alone;
-  GradientSync sync(pair.student->table(), pair.student->values(), pair.student->gradients(), {alone, alone}, true,
-                    true);
-  Trainer trainer(*pair.device, *pair.student, optimizer, sync,
-                  options.loss.distill_weight == 0 ? nullptr : &pair.source, data, nullptr,
-                  {alone, alone, alone, alone}, options,
+  GradientSync sync(pair.student->table(), pair.student->values(), pair.student->gradients(), {alone, alone}, true, true);
+  Trainer trainer(*pair.device, *pair.student, optimizer, sync, options.loss.distill_weight == 0 ? nullptr : &pair.source,
+                  data, nullptr, {alone, alone, alone, alone}, options,
                   {.report = [&](const MetricRecord& r) { records.push_back(r); }, .save = {}, .stop_requested = {}});
   TrainState state;
   trainer.run(state);

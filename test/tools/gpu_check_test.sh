@@ -3,6 +3,7 @@
 #   arguments       what it says instead of checking
 #   stubs           with scripts in the place of the programs: what it makes of their answers
 #   virtual BUILD   with the programs, on virtual GPUs
+#   faults BUILD    the same, with something wrong with the GPUs
 set -eu
 script=$(cd "$(dirname "$0")/../../tools" && pwd)/gpu_check.sh
 scratch=$(mktemp -d)
@@ -144,19 +145,32 @@ program bf16, cuda against cpu; program bf16, two ranks against one: the same bi
 }
 
 virtual() {
+  expect 0 PASSED --virtual --build "$1" --out "$report"
+  reports '^| groups over NCCL | pass |'
+  [ "$(tail -1 "$report")" = PASSED ]
+}
+
+faults() {
   set -- --virtual --build "$1" --out "$report"
   (
     export VIRTUAL_GPU_DRIVER=12040
     expect 2 "gpu_check.sh: the NVIDIA driver is for CUDA 12.4 and this program for CUDA 13" "$@"
   )
-  for gpus in 2 1; do
-    export VIRTUAL_GPU_DEVICES=$gpus
+  (
+    export VIRTUAL_GPU_DEVICES=1
     expect 0 PASSED "$@"
-    [ "$(tail -1 "$report")" = PASSED ]
-  done
+  )
+  reports '^| groups over NCCL | skip | 0 | one GPU'
+  (
+    export VIRTUAL_GPU_PEER_ACCESS=0
+    expect 0 PASSED "$@"
+  )
+  reports '^| logits channel between GPUs without peer access | pass |'
   # The second allocation of every process fails.
-  export VIRTUAL_GPU_FAIL=cudaMalloc:2:cudaErrorECCUncorrectable
-  expect 1 "FAILED: losses against their formulas; program fp32, device: cuda, one rank; program fp32, device: cuda, two" "$@"
+  (
+    export VIRTUAL_GPU_FAIL=cudaMalloc:2:cudaErrorECCUncorrectable
+    expect 1 "FAILED: losses against their formulas; program fp32, device: cuda, one rank; program fp32, device: cuda, two" "$@"
+  )
   reports cudaErrorECCUncorrectable
 }
 
