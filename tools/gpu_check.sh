@@ -17,7 +17,7 @@ device: cuda against device: cpu. Then times the hot operations against this mac
   --build FOLDER   a build tree that is configured, instead of build/release
   --out FILE       the report (gpu_check/report.md in the build tree)
 
-Exit codes: 0 passed; 1 failed; 2 it cannot be checked here, for one reason that is said.
+Exit codes: 0 passed; 1 failed, or not built; 2 it cannot be checked here, for one reason that is said.
 TEXT
 }
 refuse() {
@@ -67,7 +67,10 @@ else
   missing="the CUDA toolkit, at least 12.8: put its nvcc into PATH"
 fi
 cmake --build "$build" --target help | grep -q "^$everything:" || refuse "building for it needs $missing"
-cmake --build "$build" -j "$(nproc)" --target "$everything"
+if ! cmake --build "$build" -j "$(nproc)" --target "$everything"; then
+  echo "gpu_check.sh: FAILED: the build" >&2
+  exit 1
+fi
 
 work=$build/gpu_check
 rm -rf "$work"
@@ -251,7 +254,6 @@ check "benchmark" "$bench" cuda "$size" || true
 
 # --- the report
 # -------------------------------------------------------------------------------------------------------
-command_of() { command -v "$1" >/dev/null 2>&1; }
 {
   echo "# GPU check of distill"
   echo
@@ -260,12 +262,14 @@ command_of() { command -v "$1" >/dev/null 2>&1; }
   echo "- source: $(git describe --always --dirty 2>/dev/null || echo 'no git')"
   echo "- host: $(uname -srm), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), $(nproc) processors," \
     "$(awk '/^MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo)"
-  if command_of nvcc; then echo "- compiler: $(nvcc --version | tail -1)"; fi
+  nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
+  [ -z "$nvcc" ] || echo "- toolkit: $("$nvcc" --version | tail -1) ($nvcc)"
   echo
   echo '```'
   cat "$work/machine"
-  if [ -z "$virtual" ] && command_of nvidia-smi; then
-    nvidia-smi --query-gpu=index,name,driver_version,memory.total,compute_cap,clocks.max.sm,power.limit --format=csv
+  if [ -z "$virtual" ] && command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=index,name,driver_version,memory.total,compute_cap,clocks.max.sm,power.limit --format=csv || true
+    [ "$gpus" -lt 2 ] || nvidia-smi topo -m || true
   fi
   "$distill" --version
   ldd "$distill" | awk '/cuda|cublas|cudnn|nccl|libmpi|dnnl|hdf5/ && $3 ~ /^\// { print $3 }' | sort -u |

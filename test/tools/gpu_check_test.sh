@@ -140,6 +140,10 @@ program bf16, cuda against cpu; program bf16, two ranks against one: the same bi
   reports '^| program fp32, cuda against cpu | skip | 0 | a run failed |$'
   echo 'echo "gpu_bench: no GPU is visible" >&2; exit 2' | stub build/tools/bench/gpu_bench
   expect 2 "gpu_check.sh: no GPU is visible" "$@"
+  stub bin/cmake <<'TEXT'
+[ "$3" = --target ] && echo gpu_check_tests: phony
+TEXT
+  expect 1 "gpu_check.sh: FAILED: the build" "$@"
   echo true | stub bin/cmake
   expect 2 "gpu_check.sh: building for it needs the CUDA toolkit" "$@"
 }
