@@ -1,5 +1,6 @@
 // Whole models against transformers and torch: logits, loss parts, every gradient and a training run of small random
-// models of every family, read from their Hugging Face folders. Values: tools/golden/make_model_golden.py.
+// models of every family, read from their Hugging Face folders, on the first of backends(). Values:
+// tools/golden/make_model_golden.py.
 #include <algorithm>
 #include <array>
 #include <catch2/catch.hpp>
@@ -15,7 +16,7 @@
 #include "core/train/trainer.h"
 #include "io/model_folder.h"
 #include "io/safetensors.h"
-#include "kernels/backends.h"
+#include "test/support/backends.h"
 #include "test/support/tiny_models.h"
 
 using namespace distill;
@@ -161,7 +162,7 @@ struct Pair {
   static constexpr std::int64_t chunk = 7;  // cuts the positions of a micro-batch unevenly
   static constexpr int longest = 37;        // of golden_samples()
 
-  std::unique_ptr<Device> device = make_cpu_device(1);
+  std::shared_ptr<Device> device = backends().front().make();
   std::unique_ptr<Transformer> student, teacher_model;
   Teacher teacher;
   LocalTeacher source;
@@ -219,7 +220,7 @@ TEST_CASE("logits of every family are those of transformers", "[golden]") {
   const std::string name = GENERATE(from_range(model_names()));
   const DType dtype = GENERATE(DType::f32, DType::f64);
   CAPTURE(name, name_of(dtype));
-  const auto device = make_cpu_device(1);
+  const auto device = backends().front().make();
   MicroBatch micro = golden_micro_batches().front();
   micro.supervised.resize(micro.tokens.size());  // every position
   std::iota(micro.supervised.begin(), micro.supervised.end(), 0);

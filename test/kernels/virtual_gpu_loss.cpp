@@ -7,7 +7,6 @@
 #include "core/group_on_device.h"
 #include "kernels/backends.h"
 #include "test/support/loss_chunk.h"
-#include "virtual_gpu/virtual_gpu.h"
 
 namespace distill::test {
 namespace {

@@ -1,5 +1,4 @@
-// The logits channel in GPU memory, between two processes on the virtual GPU, which delays what no event orders. Rank 0
-// is the student, rank 1 the teacher.
+// The logits channel in GPU memory, between two processes. Rank 0 is the student, rank 1 the teacher.
 #include <driver_types.h>
 
 #include <catch2/catch.hpp>
@@ -8,9 +7,9 @@
 #include "core/train/micro_batch.h"
 #include "kernels/backends.h"
 #include "test/support/channel_script.h"
+#include "test/support/gpus.h"
 #include "test/support/mpi_main.h"
 #include "test/support/refusal.h"
-#include "virtual_gpu/virtual_gpu.h"
 
 using namespace distill;
 using namespace distill::test;
@@ -26,9 +25,8 @@ struct Bench {
   std::string obstacle;
 
   // Each rank on the GPU of its number, or both on the first one.
-  Bench(bool shares_gpu, virtual_gpu::Options options = virtual_gpu::options_from_environment()) {
-    options.memory = std::size_t{64} << 20;
-    virtual_gpu::restart(options);
+  Bench(bool shares_gpu, const GpuSetup& setup = {}) {
+    set_up_gpus(setup);
     device = make_cuda_device(shares_gpu ? 0 : world.rank());
   }
   bool is_student() const { return world.rank() == 0; }
@@ -42,15 +40,6 @@ struct Bench {
 // What the teacher writes by a kernel: another pattern for every chunk.
 void fill(Device& device, View chunk, std::int64_t number) {
   device.fill_normal(chunk, 5, std::uint64_t(number), 0, 1);
-}
-
-// Copies that the program has asked for so far.
-std::uint64_t copies() {
-  std::uint64_t count = 0;
-  for (const char* name :
-       {"cudaMemcpy", "cudaMemcpyAsync", "cudaMemcpy2D", "cudaMemcpy2DAsync", "cudaMemcpyPeer", "cudaMemcpyPeerAsync"})
-    count += virtual_gpu::calls(name);
-  return count;
 }
 
 // Calls body(number, positions) for every chunk of some micro-batches; returns the positions of all.
@@ -70,24 +59,25 @@ std::int64_t for_chunks(End& end, const Body& body) {
 
 }  // namespace
 
-TEST_CASE("kernels read the teacher's logits where it wrote them", "[mpi]") {
-  const bool shares_gpu = GENERATE(false, true);
+namespace {
+
+void check_reading_in_place(bool shares_gpu) {
   const std::uint64_t seed = GENERATE(1, 2, 3);
   CAPTURE(shares_gpu, seed);
-  virtual_gpu::Options options = virtual_gpu::options_from_environment();
-  options.seed = seed;
-  Bench bench(shares_gpu, options);
-  bench.open();
+  Bench bench(shares_gpu, {.seed = seed});
+  ChannelShape wide = shape;
+  wide.columns *= gpu_scale();
+  bench.open(wide);
   INFO(bench.obstacle);
   REQUIRE(bench.is_open());
   Device& device = *bench.device;
   constexpr std::int64_t most = 64;
   Tensor sums = device.tensor(1, most, DType::f64), expected = device.tensor(1, most, DType::f64),
-         own = device.tensor(shape.positions, shape.columns, shape.dtype);
+         own = device.tensor(wide.positions, wide.columns, wide.dtype);
   device.zero(sums.view());
   device.zero(expected.view());
   device.synchronize();
-  const std::uint64_t before = copies();
+  const std::uint64_t before = gpu_copies();
   if (!bench.is_student()) {
     for_chunks(*bench.sink, [&](std::int64_t number, std::int64_t n) {
       fill(device, bench.sink->acquire(n), number);
@@ -103,9 +93,9 @@ TEST_CASE("kernels read the teacher's logits where it wrote them", "[mpi]") {
     });
     CHECK(positions > 100);
     // Width of the shard × 2 bytes a position, and nothing was copied on the way.
-    CHECK(bench.source->bytes_moved() == positions * shape.columns * 2);
+    CHECK(bench.source->bytes_moved() == positions * wide.columns * 2);
     std::vector<double> found(most), wanted(most);
-    const std::uint64_t so_far = copies();
+    const std::uint64_t so_far = gpu_copies();
     CHECK(so_far == before);
     device.download(found.data(), sums.view());
     device.download(wanted.data(), expected.view());
@@ -113,42 +103,46 @@ TEST_CASE("kernels read the teacher's logits where it wrote them", "[mpi]") {
     CHECK(wanted[0] > 0);
   }
   bench.world.barrier();
-  if (!bench.is_student()) CHECK(copies() == before);
+  if (!bench.is_student()) CHECK(gpu_copies() == before);
   bench.source.reset();  // the teacher waits for it
   bench.sink.reset();
   bench.device.reset();
-  for (const virtual_gpu::Report& report : virtual_gpu::take_reports()) FAIL_CHECK(report.kind + ": " + report.text);
+  for (const std::string& report : take_gpu_reports()) FAIL_CHECK(report);
 }
 
-TEST_CASE("GPUs that do not reach each other: both ends know, and why", "[mpi]") {
-  virtual_gpu::Options options = virtual_gpu::options_from_environment();
-  options.peer_access = false;
+}  // namespace
+
+TEST_CASE("kernels read the teacher's logits where it wrote them", "[mpi][one gpu]") { check_reading_in_place(true); }
+TEST_CASE("kernels read the logits in another GPU's memory", "[mpi][two gpus]") { check_reading_in_place(false); }
+
+TEST_CASE("GPUs that do not reach each other: both ends know, and why", "[mpi][apart]") {
+  const GpuSetup setup{.peer_access = false};
   {
-    Bench apart(/*shares_gpu=*/false, options);
+    Bench apart(/*shares_gpu=*/false, setup);
     apart.open();
     CHECK_FALSE(apart.is_open());
     CHECK_THAT(apart.obstacle, Contains("cudaIpcOpenMemHandle: peer access is not supported"));
   }
-  Bench together(/*shares_gpu=*/true, options);
+  Bench together(/*shares_gpu=*/true, setup);
   together.open();
   CHECK(together.is_open());
   together.source.reset();
 }
 
-TEST_CASE("a call that fails while the channel is opened is the same error on both sides", "[mpi]") {
+TEST_CASE("a call that fails while the channel is opened is the same error on both sides", "[mpi][virtual]") {
   const std::string call = GENERATE("cudaIpcGetMemHandle", "cudaIpcGetEventHandle", "cudaIpcOpenEventHandle",
                                     "cudaIpcOpenMemHandle", "cudaMalloc");
   CAPTURE(call);
   Bench bench(/*shares_gpu=*/false);
   const bool is_students = call == "cudaIpcOpenMemHandle";
-  if (bench.is_student() == is_students) virtual_gpu::fail(call, 1, cudaErrorInvalidValue);
+  if (bench.is_student() == is_students) fail_next(call, cudaErrorInvalidValue);
   const Error error = error_of([&] { bench.open(); });
   CHECK(error.code() == ExitCode::internal);
   CHECK_THAT(error.what(), Contains("cudaErrorInvalidValue"));
   bench.world.barrier();
 }
 
-TEST_CASE("the two ends must agree on the shape", "[mpi]") {
+TEST_CASE("the two ends must agree on the shape", "[mpi][one gpu]") {
   Bench bench(/*shares_gpu=*/true);
   ChannelShape mine = shape;
   mine.columns += bench.is_student();
@@ -157,7 +151,7 @@ TEST_CASE("the two ends must agree on the shape", "[mpi]") {
   bench.world.barrier();
 }
 
-TEST_CASE("a teacher whose student has left gets no more slots", "[mpi]") {
+TEST_CASE("a teacher whose student has left gets no more slots", "[mpi][two gpus]") {
   Bench bench(/*shares_gpu=*/false);
   bench.open();
   if (bench.is_student()) {

@@ -1,5 +1,5 @@
-// Groups whose tensors lie in device memory give what the group underneath gives for host memory. On the virtual GPU,
-// where host code that touches device memory stops the program.
+// Groups whose tensors lie in device memory give what the group underneath gives for host memory. On
+// virtual GPUs host code that touches device memory stops the program.
 #include "core/group_on_device.h"
 
 #include <catch2/catch.hpp>
@@ -7,8 +7,9 @@
 #include <vector>
 
 #include "kernels/backends.h"
+#include "kernels/gpus.h"
+#include "test/support/gpus.h"
 #include "test/support/mpi_main.h"
-#include "virtual_gpu/virtual_gpu.h"
 
 using namespace distill;
 
@@ -30,11 +31,9 @@ struct OnGpu {
   enum Kind { staged, nccl };
 
   explicit OnGpu(Kind kind = staged, GpuTraffic traffic = GpuTraffic::collectives) {
-    virtual_gpu::Options options = virtual_gpu::options_from_environment();
-    options.memory = std::size_t{64} << 20;
-    virtual_gpu::restart(options);
+    test::set_up_gpus();
     Communicator& world = test_session().world();
-    device = make_cuda_device(world.rank());
+    device = make_cuda_device(world.rank() % int(find_gpus().visible.size()));
     plain = world.split(0, world.rank(), "plain");
     auto host_group = world.split(0, world.rank(), "on GPUs");
     if (kind == nccl)
@@ -46,7 +45,7 @@ struct OnGpu {
     group.reset();
     plain.reset();
     device.reset();
-    for (const virtual_gpu::Report& report : virtual_gpu::take_reports()) FAIL_CHECK(report.kind + ": " + report.text);
+    for (const std::string& report : test::take_gpu_reports()) FAIL_CHECK(report);
   }
   int rank() const { return group->rank(); }
   int size() const { return group->size(); }
@@ -62,10 +61,8 @@ struct OnGpu {
   }
 };
 
-}  // namespace
-
-TEST_CASE("collectives in device memory are those of the group in host memory", "[mpi]") {
-  const OnGpu gpu(GENERATE(OnGpu::staged, OnGpu::nccl));
+void check_collectives(OnGpu::Kind kind) {
+  const OnGpu gpu(kind);
   const bool is_started = GENERATE(false, true);
   const std::int64_t n = GENERATE(1, 1000);
   CAPTURE(is_started, n);
@@ -101,6 +98,15 @@ TEST_CASE("collectives in device memory are those of the group in host memory", 
   CHECK(gpu.download(x.view()) == values(gpu.size() - 1, n));
 }
 
+}  // namespace
+
+TEST_CASE("collectives in device memory are those of the group in host memory", "[mpi]") {
+  check_collectives(OnGpu::staged);
+}
+TEST_CASE("collectives of NCCL are those of the group in host memory", "[mpi][nccl]") {
+  check_collectives(OnGpu::nccl);
+}
+
 TEST_CASE("tensors and bytes go round between devices, begun and blocking", "[mpi]") {
   const OnGpu gpu;
   const int next = (gpu.rank() + 1) % gpu.size(), before = (gpu.rank() + gpu.size() - 1) % gpu.size();
@@ -129,7 +135,7 @@ TEST_CASE("tensors and bytes go round between devices, begun and blocking", "[mp
   CHECK(gpu.group->broadcast(std::to_string(gpu.rank()), 1) == "1");
 }
 
-TEST_CASE("messages over NCCL go one way, while the device goes on", "[mpi]") {
+TEST_CASE("messages over NCCL go one way, while the device goes on", "[mpi][nccl]") {
   const GpuTraffic traffic = GENERATE(GpuTraffic::upward, GpuTraffic::downward);
   const OnGpu gpu(OnGpu::nccl, traffic);
   const int step = traffic == GpuTraffic::upward ? 1 : -1, to = gpu.rank() + step, from = gpu.rank() - step;
@@ -167,9 +173,9 @@ TEST_CASE("a group of one on a device copies only what is not in its place", "[m
   group.all_reduce(x.view());
   group.all_gather(y.view(), x.view());
   CHECK(gpu.download(y.view()) == values(1, 9));
-  const auto before = virtual_gpu::calls("cudaMemcpyAsync");
+  const auto before = test::gpu_copies();
   group.reduce_scatter(y.view(), y.view());
-  CHECK(virtual_gpu::calls("cudaMemcpyAsync") == before);
+  CHECK(test::gpu_copies() == before);
   Tensor z = gpu.upload(Values(9, 0));
   group.start_reduce_scatter(z.view(), y.view())->wait();
   CHECK(gpu.download(z.view()) == values(1, 9));
