@@ -6,21 +6,27 @@
 namespace distill::test {
 namespace {
 
-// A copy of a view in device memory.
+// A copy of a view in device memory, as far from a multiple of 16 bytes as the view is.
 class OnDevice {
  public:
   OnDevice(Device& device, const ConstView& host) : device_(device), host_(host) {
     if (!host.data) return;
-    const View all(const_cast<void*>(host.data), 1, elements(), host.dtype);
-    storage_ = device.tensor(1, std::max<std::int64_t>(elements(), 1), host.dtype);
-    if (elements() > 0) device.upload(storage_.view().col_slice(0, elements()), all.data);
+    storage_ = device.tensor(1, lead() + std::max<std::int64_t>(elements(), 1), host.dtype);
+    if (elements() > 0) device.upload(all(), host.data);
   }
-  View view() { return {storage_.view().mutable_data(), host_.rows, host_.cols, host_.stride, host_.dtype}; }
+  View view() {
+    const View first = storage_.view().col_slice(host_.data ? lead() : 0, 0);
+    return {first.mutable_data(), host_.rows, host_.cols, host_.stride, host_.dtype};
+  }
   void download(const View& to) {
-    if (elements() > 0) device_.download(to.mutable_data(), storage_.view().col_slice(0, elements()));
+    if (elements() > 0) device_.download(to.mutable_data(), all());
   }
 
  private:
+  std::int64_t lead() const {
+    return std::int64_t(reinterpret_cast<std::uintptr_t>(host_.data) % 16 / size_of(host_.dtype));
+  }
+  View all() { return storage_.view().col_slice(lead(), elements()); }
   // Up to the last element of the last row.
   std::int64_t elements() const { return host_.rows > 0 ? (host_.rows - 1) * host_.stride + host_.cols : 0; }
 
