@@ -29,6 +29,13 @@ DISTILL_HD S readable_as(T stored) {
   return readable(S(Compute<T>(stored)));
 }
 
+// A column of the vocabulary: its id and both readable logits.
+template <class S>
+struct Column {
+  std::int64_t id;
+  S student, teacher;
+};
+
 // This rank's columns of one position.
 template <class S, class T>
 struct LossRow {
@@ -38,7 +45,15 @@ struct LossRow {
   std::int64_t padded = 0;     // columns of the gradient here, ≥ columns
   std::int64_t first = 0;      // vocabulary id of column 0
   std::int64_t label = 0;      // vocabulary id, here or on another rank
+  DISTILL_HD Column<S> column(std::int64_t j, S s, T t) const { return {first + j, readable(s), readable_as<S>(t)}; }
 };
+
+// body(column) for this lane's columns. Without a teacher its logits read as 0.
+template <class Team, class S, class T, class Body>
+DISTILL_HD void for_columns(Team team, const LossRow<S, T>& row, Body&& body) {
+  const auto visit = [&](std::int64_t j, S student, T teacher) { body(row.column(j, student, teacher)); };
+  for_elements(team, row.columns, visit, row.student, row.teacher);
+}
 
 // A sum that does not lose digits over 150,000 terms (Kahan 1965).
 template <class S>
@@ -66,13 +81,10 @@ struct Maxima {
 template <class Team, class S, class T>
 DISTILL_HD Maxima<S> row_maxima(Team team, const LossRow<S, T>& row) {
   Maxima<S> most;
-  for (std::int64_t j = team.lane(); j < row.columns; j += team.lanes()) {
-    const S s = readable(row.student[j]);
-    if (s > most.student) most.student = s;
-    if (!row.teacher) continue;
-    const S t = readable_as<S>(row.teacher[j]);
-    if (t > most.teacher) most.teacher = t;
-  }
+  for_columns(team, row, [&](const Column<S>& c) {
+    if (c.student > most.student) most.student = c.student;
+    if (row.teacher && c.teacher > most.teacher) most.teacher = c.teacher;
+  });
   return {team.max(most.student), team.max(most.teacher)};
 }
 
@@ -81,9 +93,9 @@ template <class S, class T>
 struct CentredRow {
   DISTILL_HD CentredRow(const LossRow<S, T>& r, const Maxima<S>& m, const LossSpec& spec)
       : row(r), most(m), inverse_t(S(1) / S(spec.temperature)), inverse_tt(inverse_t / S(spec.teacher_temperature)) {}
-  DISTILL_HD S plain(std::int64_t j) const { return readable(row.student[j]) - most.student; }
-  DISTILL_HD S a(std::int64_t j) const { return plain(j) * inverse_t; }
-  DISTILL_HD S b(std::int64_t j) const { return (readable_as<S>(row.teacher[j]) - most.teacher) * inverse_tt; }
+  DISTILL_HD S plain(const Column<S>& c) const { return c.student - most.student; }
+  DISTILL_HD S a(const Column<S>& c) const { return plain(c) * inverse_t; }
+  DISTILL_HD S b(const Column<S>& c) const { return (c.teacher - most.teacher) * inverse_tt; }
 
   LossRow<S, T> row;
   Maxima<S> most;
@@ -106,17 +118,17 @@ DISTILL_HD SoftmaxSums<S> row_sums(Team team, const CentredRow<S, T>& x) {
   using std::exp;
   LongSum<S> plain, student, student_dot, teacher, teacher_dot;
   S agreements = 0;
-  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
-    const S s = x.plain(j), a = x.a(j), e = exp(a);
+  for_columns(team, x.row, [&](const Column<S>& c) {
+    const S s = x.plain(c), a = x.a(c), e = exp(a);
     plain.add(exp(s));
     student.add(e);
     student_dot.add(e * a);
-    if (!x.row.teacher) continue;
-    const S b = x.b(j), f = exp(b);
+    if (!x.row.teacher) return;
+    const S b = x.b(c), f = exp(b);
     teacher.add(f);
     teacher_dot.add(f * b);
     if (s == S(0) && b == S(0)) agreements += S(1);
-  }
+  });
   SoftmaxSums<S> sums;
   sums.plain = team.sum(plain.value());
   sums.student = team.sum(student.value());
@@ -126,7 +138,7 @@ DISTILL_HD SoftmaxSums<S> row_sums(Team team, const CentredRow<S, T>& x) {
   sums.agreements = team.sum(agreements);
   const std::int64_t label = x.row.label - x.row.first;
   const bool owns_label = team.lane() == 0 && label >= 0 && label < x.row.columns;
-  sums.label = team.sum(owns_label ? x.plain(label) : S(0));
+  sums.label = team.sum(owns_label ? readable(x.row.student[label]) - x.most.student : S(0));
   return sums;
 }
 
@@ -155,8 +167,8 @@ DISTILL_HD void sum_each(Team team, S* x, int n) {
 
 // The largest key such that the entries with that key or a larger one weigh more than `goal` together; when rounding
 // keeps the total from exceeding it, the smallest key there is. `above` is what the larger ones weigh. Items has
-// each(lane, lanes, visit) which calls visit(key, weight). Per digit 16 sums, the same on every rank after an
-// all-reduce.
+// each(team, visit) which calls visit(key, weight) for the lane's share. Per digit 16 sums, the same on every rank
+// after an all-reduce.
 template <class Key, class S>
 struct Threshold {
   Key key = 0;
@@ -176,7 +188,7 @@ DISTILL_HD DigitSums<S> digit_sums(Team team, const Items& items, Key found, int
   // Two shifts: one by all bits is undefined.
   const Key fixed = Key(Key(~Key(0)) << shift << Sums::bits);
   LongSum<S> weight[Sums::bins];
-  items.each(team.lane(), team.lanes(), [&](Key key, S w) {
+  items.each(team, [&](Key key, S w) {
     if ((key & fixed) == found) weight[(key >> shift) & Key(Sums::bins - 1)].add(w);
   });
   Sums sums;
@@ -212,29 +224,29 @@ template <class S>
 struct TopkCut {
   OrderedBits<S> key = 0;
   std::uint32_t last_id = UINT32_MAX;
-  template <class T>
-  DISTILL_HD bool keeps(const LossRow<S, T>& row, std::int64_t j) const {
-    const auto k = ordered_bits(readable_as<S>(row.teacher[j]));
-    return k > key || (k == key && std::uint32_t(row.first + j) <= last_id);
+  DISTILL_HD bool keeps(const Column<S>& c) const {
+    const auto k = ordered_bits(c.teacher);
+    return k > key || (k == key && std::uint32_t(c.id) <= last_id);
   }
 };
 
 template <class S, class T>
 struct TeacherCounts {  // one per entry
   const LossRow<S, T>& row;
-  template <class Visit>
-  DISTILL_HD void each(int lane, int lanes, Visit&& visit) const {
-    for (std::int64_t j = lane; j < row.columns; j += lanes) visit(ordered_bits(readable_as<S>(row.teacher[j])), S(1));
+  template <class Team, class Visit>
+  DISTILL_HD void each(Team team, Visit&& visit) const {
+    for_columns(team, row, [&](const Column<S>& c) { visit(ordered_bits(c.teacher), S(1)); });
   }
 };
 template <class S, class T>
 struct TieCounts {  // one per entry that equals the k-th largest; a smaller id is a larger key
   const LossRow<S, T>& row;
   OrderedBits<S> key;
-  template <class Visit>
-  DISTILL_HD void each(int lane, int lanes, Visit&& visit) const {
-    for (std::int64_t j = lane; j < row.columns; j += lanes)
-      if (ordered_bits(readable_as<S>(row.teacher[j])) == key) visit(~std::uint32_t(row.first + j), S(1));
+  template <class Team, class Visit>
+  DISTILL_HD void each(Team team, Visit&& visit) const {
+    for_columns(team, row, [&](const Column<S>& c) {
+      if (ordered_bits(c.teacher) == key) visit(~std::uint32_t(c.id), S(1));
+    });
   }
 };
 
@@ -257,16 +269,25 @@ struct Outcomes {
   // bucket_a − bucket_b and log_zs − log_zt with fewer roundings: the four are about 10, a divergence may be 1e-8.
   S bucket_difference = 0, log_difference = 0;
 
-  // The bucket comes after the columns, and counts once: where column 0 is.
-  DISTILL_HD std::int64_t size() const { return x.row.columns + (has_bucket && x.row.first == 0 && x.row.columns > 0); }
-  DISTILL_HD bool has(std::int64_t j) const { return !is_cut || j >= x.row.columns || cut.keeps(x.row, j); }
-  DISTILL_HD S a(std::int64_t j) const { return j < x.row.columns ? x.a(j) : bucket_a; }
-  DISTILL_HD S b(std::int64_t j) const { return j < x.row.columns ? x.b(j) : bucket_b; }
-  DISTILL_HD Outcome<S> at(std::int64_t j) const {
-    const S aj = a(j), bj = b(j), difference = j < x.row.columns ? aj - bj : bucket_difference;
-    return {aj - log_zs, bj - log_zt, log_difference - difference};
+  DISTILL_HD bool has(const Column<S>& c) const { return !is_cut || cut.keeps(c); }
+  // The bucket counts once: where column 0 is.
+  DISTILL_HD bool has_bucket_here() const { return has_bucket && x.row.first == 0 && x.row.columns > 0; }
+  DISTILL_HD Outcome<S> at(S a, S b, S difference) const {
+    return {a - log_zs, b - log_zt, log_difference - difference};
   }
 };
+
+// body(a, b, a − b) for this lane's outcomes; the bucket comes after the columns.
+template <class Team, class S, class T, class Body>
+DISTILL_HD void for_outcomes(Team team, const Outcomes<S, T>& outcomes, Body&& body) {
+  for_columns(team, outcomes.x.row, [&](const Column<S>& c) {
+    if (!outcomes.has(c)) return;
+    const S a = outcomes.x.a(c), b = outcomes.x.b(c);
+    body(a, b, a - b);
+  });
+  if (team.lane() == 0 && outcomes.has_bucket_here())
+    body(outcomes.bucket_a, outcomes.bucket_b, outcomes.bucket_difference);
+}
 
 // log Σ exp of both sides over the entries that are kept (or, for the bucket, those that are not): two more small
 // passes.
@@ -281,11 +302,11 @@ template <class Team, class S, class T>
 DISTILL_HD Maxima<S> cut_maxima(Team team, const CentredRow<S, T>& x, const TopkCut<S>& cut, bool kept) {
   constexpr S lowest = std::numeric_limits<S>::lowest();
   Maxima<S> most{lowest, lowest};
-  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
-    if (cut.keeps(x.row, j) != kept) continue;
-    if (x.a(j) > most.student) most.student = x.a(j);
-    if (x.b(j) > most.teacher) most.teacher = x.b(j);
-  }
+  for_columns(team, x.row, [&](const Column<S>& c) {
+    if (cut.keeps(c) != kept) return;
+    if (x.a(c) > most.student) most.student = x.a(c);
+    if (x.b(c) > most.teacher) most.teacher = x.b(c);
+  });
   return {team.max(most.student), team.max(most.teacher)};
 }
 
@@ -299,11 +320,11 @@ DISTILL_HD CutSums<S> cut_sums(Team team, const CentredRow<S, T>& x, const TopkC
                                const Maxima<S>& most) {
   using std::exp;
   LongSum<S> student, teacher;
-  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
-    if (cut.keeps(x.row, j) != kept) continue;
-    student.add(exp(x.a(j) - most.student));
-    teacher.add(exp(x.b(j) - most.teacher));
-  }
+  for_columns(team, x.row, [&](const Column<S>& c) {
+    if (cut.keeps(c) != kept) return;
+    student.add(exp(x.a(c) - most.student));
+    teacher.add(exp(x.b(c) - most.teacher));
+  });
   return {team.sum(student.value()), team.sum(teacher.value())};
 }
 
@@ -332,11 +353,10 @@ template <class S, class T>
 struct TeacherMass {
   const Outcomes<S, T>& outcomes;
   DISTILL_HD static OrderedBits<S> key(S b) { return ordered_bits(-b); }
-  template <class Visit>
-  DISTILL_HD void each(int lane, int lanes, Visit&& visit) const {
+  template <class Team, class Visit>
+  DISTILL_HD void each(Team team, Visit&& visit) const {
     using std::exp;
-    for (std::int64_t j = lane; j < outcomes.size(); j += lanes)
-      if (outcomes.has(j)) visit(key(outcomes.b(j)), exp(outcomes.b(j) - outcomes.log_zt));
+    for_outcomes(team, outcomes, [&](S, S b, S) { visit(key(b), exp(b - outcomes.log_zt)); });
   }
 };
 
@@ -349,12 +369,14 @@ struct HeadTailSums {
 template <class Team, class S, class T>
 DISTILL_HD HeadTailSums<S> head_tail_sums(Team team, const Outcomes<S, T>& outcomes, OrderedBits<S> head_key) {
   LongSum<S> head, tail;
-  for (std::int64_t j = team.lane(); j < outcomes.size(); j += team.lanes()) {
-    if (!outcomes.has(j)) continue;
-    const Outcome<S> y = outcomes.at(j);
+  for_outcomes(team, outcomes, [&](S a, S b, S difference) {
+    const Outcome<S> y = outcomes.at(a, b, difference);
     const S gap = y.q > y.p ? y.q - y.p : y.p - y.q;
-    (TeacherMass<S, T>::key(outcomes.b(j)) > head_key ? tail : head).add(gap);
-  }
+    if (TeacherMass<S, T>::key(b) > head_key)  // not a choice of references, which would keep the sums in memory
+      tail.add(gap);
+    else
+      head.add(gap);
+  });
   return {team.sum(head.value()), team.sum(tail.value())};
 }
 
@@ -383,27 +405,40 @@ struct DivergenceSums {
 template <class Team, class S, class T, class Divergence>
 DISTILL_HD DivergenceSums<S> divergence_sums(Team team, const Outcomes<S, T>& outcomes, const Divergence& divergence) {
   LongSum<S> value, slope;
-  for (std::int64_t j = team.lane(); j < outcomes.size(); j += team.lanes()) {
-    if (!outcomes.has(j)) continue;
-    const Outcome<S> y = outcomes.at(j);
+  for_outcomes(team, outcomes, [&](S a, S b, S difference) {
+    const Outcome<S> y = outcomes.at(a, b, difference);
     value.add(divergence.value(y));
     slope.add(divergence.slope(y));
-  }
+  });
   return {team.sum(value.value()), team.sum(slope.value())};
 }
 
 // --- pass 4: the gradient, scale · ∂((1−w) CE + w D)/∂s; padding columns get 0
 
-template <class Team, class G, class S, class T>
-DISTILL_HD void zero_padding(Team team, G* dlogits, const LossRow<S, T>& row) {
+// dlogits = gradient(column) for this lane's columns.
+template <class Team, class G, class S, class T, class Gradient>
+DISTILL_HD void write_gradient(Team team, G* dlogits, const LossRow<S, T>& row, Gradient&& gradient) {
+  const auto of_column = [&](std::int64_t j, S student, T teacher) {
+    return gradient(row.column(j, student, teacher));
+  };
+  write_elements(team, dlogits, row.columns, of_column, row.student, row.teacher);
   for (std::int64_t j = row.columns + team.lane(); j < row.padded; j += team.lanes()) dlogits[j] = G(0.0f);
 }
 
-// (1−w) scale (softmax(s) − [j = label])
+// (1−w) scale (softmax(s) − [j = label]); weight = (1−w) scale
 template <class S, class T>
-DISTILL_HD S cross_entropy_gradient(const CentredRow<S, T>& x, S log_plain, S weight, std::int64_t j) {
+DISTILL_HD S cross_entropy_gradient(const CentredRow<S, T>& x, S log_plain, S weight, const Column<S>& c) {
   using std::exp;
-  return weight * (exp(x.plain(j) - log_plain) - S(x.row.first + j == x.row.label));
+  return weight * (exp(x.plain(c) - log_plain) - S(c.id == x.row.label));
+}
+
+// Without a teacher.
+template <class Team, class G, class S, class T>
+DISTILL_HD void cross_entropy_row_gradient(Team team, G* dlogits, const CentredRow<S, T>& x, S log_plain,
+                                           const LossSpec& spec, S scale) {
+  const S weight = scale * (S(1) - S(spec.distill_weight));
+  write_gradient(team, dlogits, x.row,
+                 [&](const Column<S>& c) { return cross_entropy_gradient(x, log_plain, weight, c); });
 }
 
 template <class Team, class G, class S, class T, class Divergence>
@@ -414,20 +449,20 @@ DISTILL_HD void row_gradient(Team team, G* dlogits, const Outcomes<S, T>& outcom
   const S ce_weight = scale * (S(1) - S(spec.distill_weight)), weight = scale * S(spec.distill_weight) * x.inverse_t;
   S rest = 0;  // of an entry in the bucket: gradient over exp(a)
   if (outcomes.has_bucket) {
-    const Outcome<S> bucket = outcomes.at(x.row.columns);
+    const Outcome<S> bucket = outcomes.at(outcomes.bucket_a, outcomes.bucket_b, outcomes.bucket_difference);
     rest = divergence.slope(bucket) - bucket.p * slope_sum;
   }
-  for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes()) {
+  write_gradient(team, dlogits, x.row, [&](const Column<S>& c) {
     S g = 0;
-    if (outcomes.has(j)) {
-      const Outcome<S> y = outcomes.at(j);
+    if (outcomes.has(c)) {
+      const S a = x.a(c), b = x.b(c);
+      const Outcome<S> y = outcomes.at(a, b, a - b);
       g = divergence.slope(y) - y.p * slope_sum;
     } else if (outcomes.has_bucket) {
-      g = rest * exp(x.a(j) - outcomes.bucket_a);
+      g = rest * exp(x.a(c) - outcomes.bucket_a);
     }
-    dlogits[j] = G(weight * g + cross_entropy_gradient(x, log_plain, ce_weight, j));
-  }
-  zero_padding(team, dlogits, x.row);
+    return weight * g + cross_entropy_gradient(x, log_plain, ce_weight, c);
+  });
 }
 
 // --- one position
@@ -443,10 +478,7 @@ DISTILL_HD void distill_row(Team team, G* dlogits, S* terms, const LossRow<S, T>
   S distance = 0, teacher_entropy = 0, topk_mass = 1;
 
   if (!row.teacher) {
-    const S weight = scale * (S(1) - S(spec.distill_weight));
-    for (std::int64_t j = team.lane(); j < row.columns; j += team.lanes())
-      dlogits[j] = G(cross_entropy_gradient(x, log_plain, weight, j));
-    zero_padding(team, dlogits, row);
+    cross_entropy_row_gradient(team, dlogits, x, log_plain, spec, scale);
   } else {
     const S log_zt = log(sums.teacher);
     teacher_entropy = log_zt - sums.teacher_dot / sums.teacher;

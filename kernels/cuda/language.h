@@ -2,10 +2,11 @@
 // compiled by the host compiler (g++ -x c++) the same names come from virtual_gpu/device.h, which runs kernels without
 // a GPU. This is the only file that knows which of the two it is.
 //
-//   SHARED_ARRAY(float, tile, 32 * 33);             // float* tile: 1056 floats of the block, 16-byte aligned,
-//   uninitialised float* rest = dynamic_shared<float>();          // the memory asked for by Grid::shared_bytes
+//   SHARED_ARRAY(float, tile, 32 * 33);     // float* tile: 1056 floats of the block, 16-byte aligned, not initialised
+//   float* rest = dynamic_shared<float>();  // the memory asked for by Grid::shared_bytes
 //   launch(kernel, Grid(blocks, threads, bytes), stream, args...);
 //   threadIdx, __syncthreads, __shfl_*_sync, votes, atomics, __ldg, __expf …: as in CUDA
+//   assume_global(p);          // p points to device memory, which nvcc does not see through structs: LDG, not LD
 //   mma_m16n8k16, ldmatrix_x4, copy_async_16 …: below, the only way to tensor cores and asynchronous copies
 //
 // A plain `__shared__` or a launch in angle brackets does not compile under the host compiler.
@@ -60,6 +61,8 @@ struct Grid {
 
 template <class Kernel>
 void make_launchable(Kernel*) {}
+
+__device__ inline void assume_global(const void* address) { __builtin_assume(__isGlobal(address)); }
 
 template <class T>
 __device__ T* dynamic_shared() {
@@ -122,6 +125,8 @@ __device__ inline void copy_async_wait() {
 }
 
 #else
+
+inline void assume_global(const void*) {}
 
 template <class... P>
 void make_launchable(void (*kernel)(P...)) {

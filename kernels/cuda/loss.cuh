@@ -293,14 +293,8 @@ __global__ void __launch_bounds__(512) cross_entropy_gradient_kernel(GradientRow
   const std::int64_t r = blockIdx.x;
   const Position<S>& p = call.positions[r];
   const CentredRow<S, T> x(call.row(r), p.most, call.spec);
-  const S log_plain = log(p.sums.plain), weight = call.scale * (S(1) - S(call.spec.distill_weight));
-  with_gradient(to, r, [&](auto* row) {
-    using G = std::remove_pointer_t<decltype(row)>;
-    const Block team;
-    for (std::int64_t j = team.lane(); j < x.row.columns; j += team.lanes())
-      row[j] = G(cross_entropy_gradient(x, log_plain, weight, j));
-    zero_padding(team, row, x.row);
-  });
+  with_gradient(
+      to, r, [&](auto* row) { cross_entropy_row_gradient(Block(), row, x, log(p.sums.plain), call.spec, call.scale); });
 }
 
 // A label outside the vocabulary, which the host cannot see, gives NaN.

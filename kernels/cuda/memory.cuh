@@ -17,7 +17,7 @@ struct Rows {
 };
 
 template <class T>
-bool is_aligned(const T* data, std::int64_t stride) {
+DISTILL_HD bool is_aligned(const T* data, std::int64_t stride) {
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && std::size_t(stride) * sizeof(T) % 16 == 0;
 }
 template <class T>
@@ -45,6 +45,7 @@ struct Few {
 template <int n, class T>
 __device__ Few<std::remove_const_t<T>, n> load(const T* from, int count, bool is_aligned) {
   using Value = std::remove_const_t<T>;
+  assume_global(from);
   Few<Value, n> few;
   if constexpr (n * sizeof(T) % 16 == 0) {
     if (is_aligned && count == n) {
@@ -62,6 +63,7 @@ __device__ Few<std::remove_const_t<T>, n> load(const T* from, int count, bool is
 
 template <int n, class T>
 __device__ void store(T* to, const Few<T, n>& few, int count, bool is_aligned) {
+  assume_global(to);
   if constexpr (n * sizeof(T) % 16 == 0) {
     if (is_aligned && count == n) {
       constexpr int parts = n * int(sizeof(T)) / 16;

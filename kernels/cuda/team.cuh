@@ -2,7 +2,10 @@
 // the team must call them.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cuda/language.h"
+#include "kernels/cuda/memory.cuh"
 
 namespace distill::cuda {
 
@@ -68,8 +71,42 @@ struct Block {
     }
     __syncthreads();
   }
+  // As in kernels/team.h. A lane takes 8 neighbours at a time, 2 where there are doubles; those that are left over at
+  // the end are taken one a lane. Who takes what does not depend on alignment.
+  template <class Body, class... T>
+  __device__ void for_elements(std::int64_t n, Body&& body, const T*... x) const {
+    const auto visit = [&]<int count>(std::int64_t j, const Few<T, count>&... few) {
+      UNROLL
+      for (int i = 0; i < count; ++i) body(j + i, few.value[i]...);
+    };
+    for_packs(n, visit, x...);
+  }
+  template <class To, class Body, class... T>
+  __device__ void write_elements(To* to, std::int64_t n, Body&& body, const T*... x) const {
+    const auto write = [&]<int count>(std::int64_t j, const Few<T, count>&... few) {
+      Few<To, count> results;
+      UNROLL
+      for (int i = 0; i < count; ++i) results.value[i] = To(body(j + i, few.value[i]...));
+      store(to + j, results, count, is_aligned(to, 0));
+    };
+    for_packs(n, write, x...);
+  }
 
  private:
+  template <class Body, class... T>
+  __device__ void for_packs(std::int64_t n, Body&& body, const T*... x) const {
+    constexpr int few = std::max({sizeof(T)...}) > 4 ? 2 : 8;
+    const std::int64_t whole = n - n % few;
+    for (std::int64_t j = std::int64_t(lane()) * few; j < whole; j += std::int64_t(lanes()) * few)
+      body(j, read<few>(x, j)...);
+    static_assert(few <= Warp::size);  // so that there are enough lanes
+    if (const std::int64_t j = whole + lane(); j < n) body(j, read<1>(x, j)...);
+  }
+  template <int n, class T>
+  __device__ static Few<T, n> read(const T* x, std::int64_t j) {
+    return x ? load<n>(x + j, n, is_aligned(x, 0)) : Few<T, n>{};
+  }
+
   __device__ int warp() const { return int(threadIdx.x) / Warp::size; }
   __device__ int warps() const { return int(blockDim.x) / Warp::size; }
 };

@@ -246,7 +246,7 @@ TEST_CASE("top-k keeps the k largest, ties to the lower id", "[loss][host]") {
   const TopkCut<float> cut = find_topk(Lone{}, plain, k);
   std::vector<std::size_t> kept;
   for (std::int64_t j = 0; j < n; ++j)
-    if (cut.keeps(plain, j)) kept.push_back(std::size_t(j));
+    if (cut.keeps({j, 0, readable(teacher[std::size_t(j)])})) kept.push_back(std::size_t(j));
   CHECK(kept == expected);
 }
 
@@ -336,6 +336,41 @@ TEST_CASE("a second call gives the same bits", "[loss]") {
   chunk.run();
   CHECK(chunk.dlogits.bytes() == gradient);
   CHECK(chunk.terms.bytes() == terms);
+}
+
+// The numbers of m behind `lead` other columns and before a gap of one.
+Matrix moved(const Matrix& m, std::int64_t lead) {
+  const ConstView from = m.view();
+  Matrix to(from.rows, lead + from.cols, from.dtype, 1);
+  for (std::int64_t r = 0; r < from.rows; ++r)
+    for (std::int64_t c = 0; c < from.cols; ++c) to.set(r, lead + c, m.get(r, c));
+  return to;
+}
+
+TEST_CASE("where rows begin in memory does not change a bit", "[loss]") {
+  const Types types = GENERATE(Types{DType::f32, DType::bf16, DType::bf16}, Types{DType::f32, DType::f16, DType::f16},
+                               Types{DType::f32, DType::f32, DType::f32}, Types{DType::f64, DType::f64, DType::f64});
+  const bool has_teacher = GENERATE(true, false);
+  constexpr std::int64_t rows = 2, vocabulary = 1037;
+  Chunk chunk(rows, vocabulary, types, 7, 4);  // every row begins at a multiple of 16 bytes
+  chunk.randomise(31);
+  chunk.has_teacher = has_teacher;
+  if (!has_teacher)
+    chunk.spec.distill_weight = 0;
+  else
+    set(chunk.spec, GENERATE(Objective::adaptive_kl, Objective::js_divergence), {GENERATE(0, 9), TopkMode::tail});
+  chunk.run();
+  chunk.check_against_reference();
+
+  const std::int64_t lead = GENERATE(0, 1, 4), columns = chunk.student.view().cols;
+  CAPTURE(name_of(types.student), name_of(types.teacher), has_teacher, chunk.spec.topk, lead);
+  const Matrix student = moved(chunk.student, lead), teacher = moved(chunk.teacher, lead);
+  Matrix dlogits(rows, lead + columns, types.gradient, 1), terms(rows, LossTerms::count, types.student, 4);
+  loss_under_test(dlogits.view().col_slice(lead, columns), terms.view(), student.view().col_slice(lead, columns),
+                  has_teacher ? teacher.view().col_slice(lead, chunk.teacher.view().cols) : ConstView(),
+                  ConstView(chunk.labels.data(), 1, rows, rows, DType::i32), chunk.spec, 1, 1, chunk.scratch);
+  CHECK(dlogits.bytes() == moved(chunk.dlogits, lead).bytes());
+  CHECK(terms.bytes() == chunk.terms.bytes());
 }
 
 TEST_CASE("a scale of zero leaves a zero gradient and the terms", "[loss]") {

@@ -11,17 +11,18 @@
 namespace distill::test {
 namespace {
 
-// A copy of a view in device memory, with gaps of our own between its rows: host memory there may be another rank's.
+// A copy of a view in device memory, as far from a multiple of 16 bytes as the view is, with gaps of our own between
+// its rows: host memory there may be another rank's.
 class OnDevice {
  public:
   OnDevice(Device& device, const ConstView& host) : device_(device), host_(host) {
     if (!host.data) return;
-    storage_ = device.tensor(1, std::max<std::int64_t>(elements(), 1), host.dtype);
+    storage_ = device.tensor(1, lead() + std::max<std::int64_t>(elements(), 1), host.dtype);
     std::vector<std::byte> all(std::size_t(elements()) * size_of(host.dtype), gap);
     each_row([&](std::size_t at, std::byte* row, std::size_t bytes) { std::memcpy(all.data() + at, row, bytes); });
     device.upload(used(), all.data());
   }
-  View view() { return {storage_.view().mutable_data(), host_.rows, host_.cols, host_.stride, host_.dtype}; }
+  View view() { return {used().mutable_data(), host_.rows, host_.cols, host_.stride, host_.dtype}; }
   // Into the view. Throws when a gap was written.
   void download() {
     std::vector<std::byte> all(std::size_t(elements()) * size_of(host_.dtype));
@@ -39,7 +40,10 @@ class OnDevice {
 
   // Up to the last element of the last row.
   std::int64_t elements() const { return host_.rows > 0 ? (host_.rows - 1) * host_.stride + host_.cols : 0; }
-  View used() { return storage_.view().col_slice(0, elements()); }
+  std::int64_t lead() const {
+    return std::int64_t(reinterpret_cast<std::uintptr_t>(host_.data) % 16 / size_of(host_.dtype));
+  }
+  View used() { return host_.data ? storage_.view().col_slice(lead(), elements()) : View(); }
   // body(where the row begins, in bytes; the row in host memory; its bytes)
   template <class Body>
   void each_row(Body&& body) {
