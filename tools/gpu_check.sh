@@ -260,7 +260,7 @@ check "benchmark" "$bench" cuda "$size" || true
   [ -z "$virtual" ] || printf 'On **virtual GPUs**: it shows that the check works, and nothing about a GPU.\n\n'
   echo "- date: $(date -u '+%Y-%m-%d %H:%M:%S') UTC"
   echo "- source: $(git describe --always --dirty 2>/dev/null || echo 'no git')"
-  echo "- host: $(uname -srm), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), $(nproc) processors," \
+  echo "- host: $(uname -srm), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), $(nproc --all) processors," \
     "$(awk '/^MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo)"
   nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
   [ -z "$nvcc" ] || echo "- toolkit: $("$nvcc" --version | tail -1) ($nvcc)"
