@@ -50,7 +50,6 @@ if [ -z "$virtual" ] && [ ! -e /dev/nvidiactl ] && [ ! -e /dev/dxg ] && ! nvidia
 fi
 
 # --- building
-# ---------------------------------------------------------------------------------------------------------
 if [ -z "$build" ]; then
   tools/install_dependencies.sh
   cmake --preset release -DDISTILL_TESTS=ON --log-level=WARNING
@@ -79,7 +78,6 @@ mkdir -p "$work"
 : >"$report" 2>/dev/null || refuse "--out $report: cannot be written"
 
 # --- what is there
-# ----------------------------------------------------------------------------------------------------
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_mpi_yield_when_idle=1
 if [ -n "$virtual" ]; then
   export VIRTUAL_GPU_RACES=off VIRTUAL_GPU_DEVICES="${VIRTUAL_GPU_DEVICES:-2}" OMP_NUM_THREADS=1
@@ -89,7 +87,6 @@ gpus=$(grep -c '^gpu ' "$work/machine")
 reached=$(sed -n 's/^peer access 0 -> 1: //p' "$work/machine")
 
 # --- running
-# ----------------------------------------------------------------------------------------------------------
 results=$work/results failures=$work/failures
 : >"$results"
 : >"$failures"
@@ -137,7 +134,6 @@ test_of() {
 skip() { note "$1" skip 0 "$2"; }
 
 # --- tests
-# ------------------------------------------------------------------------------------------------------------
 limit=1800 ranks=1
 device_cases="" loss_cases="~[host]" golden_cases=""
 if [ -n "$virtual" ]; then
@@ -171,8 +167,7 @@ else
 fi
 
 # --- the program
-# ------------------------------------------------------------------------------------------------------
-# The quick start's models and records. On virtual GPUs they are smaller: a tenth of a layer takes them a second.
+# The quick start's models and records; on virtual GPUs, which are slow, with one small layer.
 limit=600 steps=10 batch=16
 for role in teacher student; do cp -r "configs/wordnet/$role" "$work/$role"; done
 if [ -n "$virtual" ]; then
@@ -247,20 +242,18 @@ else
 fi
 
 # --- the benchmark
-# ----------------------------------------------------------------------------------------------------
 limit=600 size=full
 [ -z "$virtual" ] || size=tiny
 check "benchmark" "$bench" cuda "$size" || true
 
 # --- the report
-# -------------------------------------------------------------------------------------------------------
 {
   echo "# GPU check of distill"
   echo
   [ -z "$virtual" ] || printf 'On **virtual GPUs**: it shows that the check works, and nothing about a GPU.\n\n'
   echo "- date: $(date -u '+%Y-%m-%d %H:%M:%S') UTC"
   echo "- source: $(git describe --always --dirty 2>/dev/null || echo 'no git')"
-  echo "- host: $(uname -srm), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), $(nproc) processors," \
+  echo "- host: $(uname -srm), $(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), $(nproc --all) processors," \
     "$(awk '/^MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo)"
   nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
   [ -z "$nvcc" ] || echo "- toolkit: $("$nvcc" --version | tail -1) ($nvcc)"
