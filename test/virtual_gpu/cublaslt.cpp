@@ -1,6 +1,8 @@
-// cuBLASLt's matrix product, as far as the CUDA backend uses it: column-major operands, both transposes, sums in f32
-// (f64 for f64), output of the operands' type or f32, D = alpha op(A) op(B) + beta C (+ bias). Put on the stream like
-// any other work.
+// cuBLASLt's matrix product, as far as the CUDA backend uses it: column-major operands, both transposes,
+// D = alpha op(A) op(B) + beta C (+ bias). Put on the stream like any other work. Types, from the table of
+// cublasLtMatmul in the cuBLAS documentation: sums in f32 (f64 for f64), output and bias of the operands' type or f32;
+// all else is refused, also what the table has beyond these (TF32, f16 sums, 8 bits, complex). Stricter than the
+// library: an algorithm is good for the product that it was found for only, and needs the alignment that was promised.
 #include <cublasLt.h>
 
 #include <cstring>
@@ -31,11 +33,12 @@ struct Preference {
 struct Algorithm {
   std::uint64_t magic;
   std::uint64_t workspace;
+  std::uint64_t problem;
   std::uint32_t alignment[4];
 };
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 constexpr std::uint64_t algorithm_magic = 0x616c676f00000001;
-constexpr std::size_t wanted_workspace = 64 << 10;
+constexpr std::size_t wanted_workspace = 64 << 10, workspace_alignment = 256;
 
 std::size_t size_of_type(cudaDataType type) {
   switch (type) {
@@ -93,6 +96,17 @@ bool supported(const Operands& o) {
   if (in != o.b_layout.type || out != o.c_layout.type || size_of_type(in) == 0) return false;
   if (in == CUDA_R_64F) return o.product.compute == CUBLAS_COMPUTE_64F && o.product.scale == CUDA_R_64F && out == in;
   return o.product.compute == CUBLAS_COMPUTE_32F && o.product.scale == CUDA_R_32F && (out == in || out == CUDA_R_32F);
+}
+
+// A number for all that an algorithm is found for.
+std::uint64_t problem_of(const Operands& o) {
+  const Product& p = o.product;
+  std::uint64_t hash = 0;
+  const auto add = [&](auto part) { hash = (hash ^ static_cast<std::uint64_t>(part)) * 0x9e3779b97f4a7c15 + 1; };
+  add(p.compute), add(p.scale), add(p.a_op), add(p.b_op), add(p.epilogue), add(p.bias_type);
+  for (const Layout& l : {o.a_layout, o.b_layout, o.c_layout, o.d_layout})
+    add(l.type), add(l.rows), add(l.cols), add(l.stride);
+  return hash;
 }
 
 bool shapes_fit(const Operands& o) {
@@ -321,6 +335,34 @@ cublasStatus_t refusal(const Operands& o) {
   if (o.product.bias_type >= 0 && o.product.bias_type != o.d_layout.type) return CUBLAS_STATUS_NOT_SUPPORTED;
   return CUBLAS_STATUS_SUCCESS;
 }
+// What only the pointers show.
+bool pointers_fit(const Operands& o) {
+  const std::pair<const char*, const Layout*> all[] = {
+      {o.a, &o.a_layout}, {o.b, &o.b_layout}, {o.c, &o.c_layout}, {o.d, &o.d_layout}};
+  for (const auto& [data, l] : all)
+    if (reinterpret_cast<std::uintptr_t>(data) % size_of_type(l->type) != 0) return false;
+  return o.c != o.d || o.c_layout.stride == o.d_layout.stride;  // in place: one layout
+}
+// Fills in what the algorithm needs.
+cublasStatus_t use(const Algorithm& algorithm, Operands& o, void* workspace, std::size_t bytes) {
+  if (algorithm.magic != algorithm_magic || algorithm.workspace > bytes ||
+      reinterpret_cast<std::uintptr_t>(workspace) % workspace_alignment != 0)
+    return CUBLAS_STATUS_INVALID_VALUE;
+  if (algorithm.problem != problem_of(o)) {
+    report("wrong algorithm", "cublasLtMatmul: the algorithm was found for another product");
+    return CUBLAS_STATUS_INVALID_VALUE;
+  }
+  const char* pointers[] = {o.a, o.b, o.c, o.d};
+  for (int i = 0; i < 4; ++i)
+    if (reinterpret_cast<std::uintptr_t>(pointers[i]) % algorithm.alignment[i] != 0) {
+      report("misaligned address", join("cublasLtMatmul: ", std::string(1, "ABCD"[i]), " is not aligned to the ",
+                                        algorithm.alignment[i], " bytes that its algorithm was found for"));
+      return CUBLAS_STATUS_INVALID_VALUE;
+    }
+  o.workspace = static_cast<char*>(workspace);
+  o.workspace_bytes = algorithm.workspace;
+  return CUBLAS_STATUS_SUCCESS;
+}
 
 }  // namespace
 
@@ -330,10 +372,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                               cublasLtMatmulHeuristicResult_t* results, int* found) {
   return library_call("cublasLtMatmulAlgoGetHeuristic", [&] {
     *found = 0;
-    const cublasStatus_t refused = refusal(operands_of(product, a, b, c, d));
+    const Operands o = operands_of(product, a, b, c, d);
+    const cublasStatus_t refused = refusal(o);
     if (refused != CUBLAS_STATUS_SUCCESS) return refused;
     const Preference& p = *reinterpret_cast<Preference*>(preference);
-    Algorithm algorithm{algorithm_magic, std::min(p.workspace, wanted_workspace), {}};
+    Algorithm algorithm{algorithm_magic, std::min(p.workspace, wanted_workspace), problem_of(o), {}};
     std::copy_n(p.alignment, 4, algorithm.alignment);
     results[0] = {};
     std::memcpy(&results[0].algo, &algorithm, sizeof algorithm);
@@ -358,20 +401,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
     const bool is_f64 = o.product.scale == CUDA_R_64F;
     o.alpha = is_f64 ? *static_cast<const double*>(alpha) : static_cast<double>(*static_cast<const float*>(alpha));
     o.beta = is_f64 ? *static_cast<const double*>(beta) : static_cast<double>(*static_cast<const float*>(beta));
+    if (!pointers_fit(o)) return CUBLAS_STATUS_INVALID_VALUE;
     if (algo != nullptr) {
       Algorithm algorithm;
       std::memcpy(&algorithm, algo, sizeof algorithm);
-      if (algorithm.magic != algorithm_magic || algorithm.workspace > workspace_bytes)
-        return CUBLAS_STATUS_INVALID_VALUE;
-      o.workspace = static_cast<char*>(workspace);
-      o.workspace_bytes = algorithm.workspace;
-      const void* pointers[] = {a, b, c, d};
-      for (int i = 0; i < 4; ++i)
-        if (reinterpret_cast<std::uintptr_t>(pointers[i]) % algorithm.alignment[i] != 0) {
-          report("misaligned address", join("cublasLtMatmul: ", std::string(1, "ABCD"[i]), " is not aligned to the ",
-                                            algorithm.alignment[i], " bytes that its algorithm was found for"));
-          return CUBLAS_STATUS_INVALID_VALUE;
-        }
+      const cublasStatus_t unusable = use(algorithm, o, workspace, workspace_bytes);
+      if (unusable != CUBLAS_STATUS_SUCCESS) return unusable;
     }
     const auto stream = stream_of(handle);
     if (stream == nullptr || !in_bounds(o, false)) return CUBLAS_STATUS_INVALID_VALUE;

@@ -117,7 +117,8 @@ std::unordered_map<const void*, Bind>& kernels() {
   return *all;
 }
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
 std::string shown(Site site) { return join(site.file, ":", site.line); }
 
 // --- switching
@@ -490,8 +491,7 @@ const Left* warp_meet(unsigned mask, const char* operation, const void* data, st
         fault("bad mask", join(operation, " at ", shown(site), ": the mask names lane ", other,
                                first + other >= e.total ? ", which does not exist" : ", which has left the kernel"));
     }
-  } else if (std::strcmp(meeting->operation, operation) != 0 ||
-             (orders == Orders::nothing && !same(meeting->site, site))) {
+  } else if (!same(meeting->operation, operation) || (orders == Orders::nothing && !same(meeting->site, site))) {
     fault("divergent warp", join("lanes of one mask are in ", operation, " at ", shown(site), " and in ",
                                  meeting->operation, " at ", shown(meeting->site)));
   }
@@ -529,6 +529,9 @@ void copy_async_16(void* shared, const void* global, bool valid, Site site) {
     fault("misaligned address", "copy_async_16 at " + shown(site));
   Thread& me = *executor().running;
   me.copies.push_back({shared, global, valid, me.groups_closed, site});
+  // The bytes may arrive from now on; here they do when the thread waits for them.
+  races_access(shared, 16, true, __builtin_return_address(0));
+  std::memset(shared, 0xFF, 16);
 }
 
 void copy_async_commit() { ++executor().running->groups_closed; }

@@ -14,6 +14,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "virtual_gpu/virtual_gpu.h"
@@ -220,11 +221,12 @@ void races_warp_barrier(int warp);  // lanes of the warp have met at __syncwarp
 void races_shared_array(const void* start, std::size_t bytes, const char* name);
 // Only the kernel's own code is looked at: the linker may give us copies of templates that were compiled with the
 // hooks.
-bool races_look(bool yes);  // what it was before
+void races_look(bool yes);
+extern constinit thread_local bool races_looking;
 class Unobserved {
  public:
-  Unobserved() : before_(races_look(false)) {}
-  ~Unobserved() { races_look(before_); }
+  Unobserved() : before_(std::exchange(races_looking, false)) {}
+  ~Unobserved() { races_looking = before_; }
   Unobserved(const Unobserved&) = delete;
   Unobserved& operator=(const Unobserved&) = delete;
 

@@ -178,6 +178,79 @@ TEST_CASE("products of all types and transposes, accumulated, with a bias") {
   }
 }
 
+// One product of 8 × 8 matrices, columns `stride` apart; c_stride: that of C, which D lies upon.
+struct Small {
+  cudaDataType in = CUDA_R_32F, b = in, out = in;
+  cublasComputeType_t compute = CUBLAS_COMPUTE_32F;
+  cudaDataType scale = CUDA_R_32F, bias = out;
+  int stride = 8, c_stride = stride, offset = 0;  // offset: bytes by which A begins later
+};
+cublasStatus_t run(const Small& s) {
+  const double zero = 0;  // of any type
+  cublasLtHandle_t library;
+  cublasLtMatmulDesc_t product;
+  cublasLtMatrixLayout_t a, b, c, d;
+  cublasLtCreate(&library);
+  cublasLtMatmulDescCreate(&product, s.compute, s.scale);
+  const std::int32_t epilogue = CUBLASLT_EPILOGUE_BIAS, bias_type = s.bias;
+  char* const x = on_device(std::vector<char>(2048));
+  cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+  cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &x, sizeof x);
+  cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias_type, sizeof bias_type);
+  cublasLtMatrixLayoutCreate(&a, s.in, 8, 8, s.stride);
+  cublasLtMatrixLayoutCreate(&b, s.b, 8, 8, s.stride);
+  cublasLtMatrixLayoutCreate(&c, s.out, 8, 8, s.c_stride);
+  cublasLtMatrixLayoutCreate(&d, s.out, 8, 8, s.stride);
+  char* const y = on_device(std::vector<char>(2048));
+  const cublasStatus_t status =
+      cublasLtMatmul(library, product, &zero, x + s.offset, a, x, b, &zero, y, c, y, d, nullptr, nullptr, 0, nullptr);
+  cudaDeviceSynchronize();
+  for (const cublasLtMatrixLayout_t layout : {a, b, c, d}) cublasLtMatrixLayoutDestroy(layout);
+  cublasLtMatmulDescDestroy(product);
+  cublasLtDestroy(library);
+  cudaFree(x);
+  cudaFree(y);
+  return status;
+}
+
+TEST_CASE("number types that cuBLASLt's table does not list are refused") {
+  const Fresh gpu;
+  constexpr cudaDataType f32 = CUDA_R_32F, bf16_type = CUDA_R_16BF, f16_type = CUDA_R_16F, f64 = CUDA_R_64F;
+  for (const cudaDataType type : {f32, bf16_type, f16_type}) {
+    CHECK(run({.in = type}) == CUBLAS_STATUS_SUCCESS);
+    CHECK(run({.in = type, .out = f32}) == CUBLAS_STATUS_SUCCESS);
+  }
+  CHECK(run({.in = f64, .compute = CUBLAS_COMPUTE_64F, .scale = f64}) == CUBLAS_STATUS_SUCCESS);
+  const Small refused[] = {{.in = f32, .out = bf16_type},
+                           {.in = f32, .out = f16_type},
+                           {.in = bf16_type, .out = f16_type},
+                           {.in = bf16_type, .b = f16_type},
+                           {.in = bf16_type, .b = f32, .out = f32},
+                           {.in = bf16_type, .out = f32, .bias = bf16_type},
+                           {.in = bf16_type, .bias = f32},
+                           {.in = f64},
+                           {.in = f64, .compute = CUBLAS_COMPUTE_64F},
+                           {.in = f64, .out = f32, .compute = CUBLAS_COMPUTE_64F, .scale = f64},
+                           {.in = f32, .out = f64, .compute = CUBLAS_COMPUTE_64F, .scale = f64},
+                           {.in = f32, .compute = CUBLAS_COMPUTE_64F, .scale = f64},
+                           {.in = bf16_type, .scale = bf16_type},
+                           {.in = bf16_type, .compute = CUBLAS_COMPUTE_16F},
+                           {.in = CUDA_R_32I}};
+  for (const Small& s : refused) {
+    CAPTURE(s.in, s.b, s.out, s.compute, s.scale, s.bias);
+    CHECK(run(s) == CUBLAS_STATUS_NOT_SUPPORTED);
+  }
+}
+
+TEST_CASE("layouts and addresses that no kernel takes are refused") {
+  const Fresh gpu;
+  CHECK(run({.stride = 11}) == CUBLAS_STATUS_SUCCESS);
+  CHECK(run({.in = CUDA_R_16BF, .stride = 9, .offset = 2}) == CUBLAS_STATUS_SUCCESS);
+  CHECK(run({.stride = 7}) == CUBLAS_STATUS_INVALID_VALUE);
+  CHECK(run({.offset = 2}) == CUBLAS_STATUS_INVALID_VALUE);
+  CHECK(run({.stride = 11, .c_stride = 8}) == CUBLAS_STATUS_INVALID_VALUE);  // in place
+}
+
 TEST_CASE("an algorithm holds for the alignment that it was asked for, and its workspace is its own") {
   const Fresh gpu;
   cublasLtHandle_t library;
@@ -211,8 +284,15 @@ TEST_CASE("an algorithm holds for the alignment that it was asked for, and its w
   CHECK(multiply(x, 512) == CUBLAS_STATUS_INVALID_VALUE);
   CHECK(multiply(x + 1, 1024) == CUBLAS_STATUS_INVALID_VALUE);
   CHECK_THAT(taken("misaligned address"), Catch::Contains("A is not aligned to the 256 bytes"));
+  ++workspace;
+  CHECK(multiply(x, 1000) == CUBLAS_STATUS_INVALID_VALUE);
+  --workspace;
   virtual_gpu::fail("cublasLtMatmul", 1, CUBLAS_STATUS_EXECUTION_FAILED);
   CHECK(multiply(x, 1024) == CUBLAS_STATUS_EXECUTION_FAILED);
+  const std::int32_t transposed = CUBLAS_OP_T;
+  cublasLtMatmulDescSetAttribute(product, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed);
+  CHECK(multiply(x, 1024) == CUBLAS_STATUS_INVALID_VALUE);
+  CHECK_THAT(taken("wrong algorithm"), Catch::Contains("found for another product"));
   cublasLtMatmulPreferenceDestroy(preference);
   cublasLtMatrixLayoutDestroy(layout);
   cublasLtMatrixLayoutDestroy(wrong);

@@ -95,6 +95,17 @@ __global__ void never_waits(float4* x) {
   copy_async_16(&tile[threadIdx.x], &x[threadIdx.x]);
   copy_async_commit();
 }
+__global__ void copies_over_what_is_read(float* y, const float4* x, bool barrier) {
+  SHARED_ARRAY(float4, tile, 64);
+  tile[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = tile[(threadIdx.x + 33) % 64].x;
+  if (barrier) __syncthreads();
+  copy_async_16(&tile[threadIdx.x], &x[threadIdx.x]);
+  copy_async_commit();
+  __syncthreads();  // too late: the copy may have arrived
+  copy_async_wait<0>();
+}
 __global__ void beyond_shared(float* x) {
   SHARED_ARRAY(float, tile, 32);
   tile[threadIdx.x + 1] = 1;
@@ -210,6 +221,20 @@ TEST_CASE("planted: shared memory is written again while others may still read i
   launch(two_rounds, Grid(1, 64), nullptr, y, x, false);
   cudaDeviceSynchronize();
   CHECK_THAT(taken("race"), Catch::Contains("has read, without a barrier"));
+  cudaFree(x);
+  cudaFree(y);
+}
+
+TEST_CASE("planted: an asynchronous copy begins while others may still read", "[hooks]") {
+  const Fresh gpu;
+  float4* x = on_device(std::vector<float4>(64));
+  float* y = on_device(std::vector<float>(64));
+  launch(copies_over_what_is_read, Grid(1, 64), nullptr, y, x, true);
+  cudaDeviceSynchronize();
+  CHECK(virtual_gpu::take_reports().empty());
+  launch(copies_over_what_is_read, Grid(1, 64), nullptr, y, x, false);
+  cudaDeviceSynchronize();
+  CHECK_THAT(taken("race"), Catch::Contains("without a barrier") && Catch::Contains("planted_test.cpp:"));
   cudaFree(x);
   cudaFree(y);
 }

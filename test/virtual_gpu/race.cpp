@@ -13,6 +13,9 @@
 #include "virtual_gpu/internal.h"
 
 namespace virtual_gpu {
+
+constinit thread_local bool races_looking = false;
+
 namespace {
 
 struct SharedWord {
@@ -45,7 +48,6 @@ Check& check() {
   static auto* one = new Check;
   return *one;
 }
-thread_local bool active = false;
 
 void tell(const void* code, const std::string& text) {
   if (check().told.insert(code).second) report("race", join(text, " at ", code_line(code)));
@@ -144,9 +146,11 @@ void access(const void* address, std::size_t bytes, bool write, bool atomic, con
   else
     other_access(c, address, write, code);
 }
+// Only while looking. The check of an access reads memory, too. After a fault it does not come back.
 void observed(const void* address, std::size_t bytes, bool write, const void* code) {
-  const Unobserved unobserved;
+  races_looking = false;
   access(address, bytes, write, false, code);
+  races_looking = true;
 }
 
 int add_segments(dl_phdr_info* info, std::size_t, void* ranges) {
@@ -192,11 +196,7 @@ void races_shared_array(const void* start, std::size_t bytes, const char* name) 
   c.arrays.emplace_back(static_cast<const char*>(start) + bytes, name);
 }
 
-bool races_look(bool yes) {
-  const bool before = active;
-  active = yes && check().level != Races::off;
-  return before;
-}
+void races_look(bool yes) { races_looking = yes && check().level != Races::off; }
 
 void races_access(const void* address, std::size_t bytes, bool write, const void* code) {
   if (check().level != Races::off) access(address, bytes, write, false, code);
@@ -214,7 +214,7 @@ void note_atomic(const void* address, std::size_t bytes) {
 // --- the hooks
 
 #define ACCESS(address, bytes, write) \
-  if (virtual_gpu::active) virtual_gpu::observed(address, bytes, write, __builtin_return_address(0))
+  if (virtual_gpu::races_looking) virtual_gpu::observed(address, bytes, write, __builtin_return_address(0))
 #define HOOKS(n)                                                  \
   void __tsan_read##n(void* p) { ACCESS(p, n, false); }           \
   void __tsan_write##n(void* p) { ACCESS(p, n, true); }           \
