@@ -110,7 +110,7 @@ __global__ void embedding_backward_kernel(Rows<Compute<T>> dtable, Rows<const T>
   for (std::int64_t first = token; first < tokens; first += token_threads) {
     const std::int64_t mine = first + threadIdx.x;
     const bool is_same = mine < tokens && ids[mine] == id;
-    const Rank rank = rank_in_block(is_same);
+    const Rank rank = rank_in_block(is_same);  // a barrier: all have done with `same`
     if (is_same) same[rank.before] = int(threadIdx.x);
     __syncthreads();
     for (std::int64_t c = threadIdx.x; rank.all > 0 && c < cols; c += token_threads) {
@@ -118,7 +118,6 @@ __global__ void embedding_backward_kernel(Rows<Compute<T>> dtable, Rows<const T>
       for (int i = 0; i < rank.all; ++i) sum += Compute<T>(dout[first + same[i]][c]);
       dtable[row][c] = sum;
     }
-    __syncthreads();
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <hwy/targets.h>
 #include <algorithm>
+#include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstring>
@@ -23,31 +24,45 @@ using namespace distill::test;
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-Cut any_cut() {
-  return GENERATE(Cut{0, TopkMode::renormalize}, Cut{7, TopkMode::renormalize}, Cut{7, TopkMode::tail},
-                  Cut{1, TopkMode::renormalize}, Cut{1, TopkMode::tail}, Cut{400, TopkMode::tail});
-}
+constexpr Cut cuts[] = {{0, TopkMode::renormalize}, {7, TopkMode::renormalize}, {7, TopkMode::tail},
+                        {1, TopkMode::renormalize}, {1, TopkMode::tail},        {400, TopkMode::tail}};
+constexpr Types formats[] = {{DType::f32, DType::f32, DType::f32}, {DType::f32, DType::bf16, DType::bf16},
+                             {DType::f32, DType::f16, DType::f16}, {DType::f32, DType::f64, DType::f32},
+                             {DType::f64, DType::f64, DType::f64}, {DType::f64, DType::bf16, DType::f64}};
+Cut any_cut() { return cuts[GENERATE(range(0, 6))]; }
 
-TEST_CASE("every objective, cut and number format equals the textbook", "[loss]") {
-  const Objective objective = any_objective();
-  const Cut cut = any_cut();
-  const Types types = GENERATE(Types{DType::f32, DType::f32, DType::f32}, Types{DType::f32, DType::bf16, DType::bf16},
-                               Types{DType::f32, DType::f16, DType::f16}, Types{DType::f32, DType::f64, DType::f32},
-                               Types{DType::f64, DType::f64, DType::f64}, Types{DType::f64, DType::bf16, DType::f64});
-  Chunk chunk(3, 1531, types, 21, 5);
+void check_against_textbook(Chunk& chunk, Objective objective, Cut cut) {
   chunk.randomise(unsigned(objective) + 10);
   set(chunk.spec, objective, cut);
   chunk.spec.distill_weight = 0.7f;
   chunk.spec.adaptive_alpha = 0.4f;
-  CAPTURE(objective_names[std::size_t(objective)], cut.topk, topk_mode_names[std::size_t(cut.mode)],
-          name_of(types.student), name_of(types.teacher), name_of(types.gradient));
+  const DType student = chunk.student.view().dtype;
+  CAPTURE(objective_names[std::size_t(objective)], cut.topk, topk_mode_names[std::size_t(cut.mode)], name_of(student),
+          name_of(chunk.teacher.view().dtype), name_of(chunk.dlogits.view().dtype), chunk.spec.temperature,
+          chunk.spec.teacher_temperature);
   chunk.run(0.25f);
-  chunk.check_against_reference(0.25, types.student == DType::f64 ? 1e-9 : 1e-5);
+  chunk.check_against_reference(0.25, student == DType::f64 ? 1e-9 : 1e-5);
   CHECK(chunk.dlogits.gap_untouched());
   CHECK(chunk.terms.gap_untouched());
 }
 
-TEST_CASE("temperatures and weights", "[loss]") {
+TEST_CASE("every objective with every number format, with every cut, and every cut with every format", "[loss]") {
+  static_assert(objective_names.size() == 6 && std::size(cuts) == 6 && std::size(formats) == 6);
+  const int i = GENERATE(range(0, 6)), j = GENERATE(range(0, 6));  // a Latin square: every pair once
+  Chunk chunk(2, 500, formats[j], 21, 5);
+  chunk.spec.temperature = std::array{1.0f, 2.5f, 0.5f}[std::size_t(i + 2 * j) % 3];
+  chunk.spec.teacher_temperature = i % 2 == 0 ? 1.0f : 0.8f;
+  check_against_textbook(chunk, Objective(i), cuts[(i + j) % 6]);
+}
+
+TEST_CASE("every objective, cut and number format equals the textbook", "[loss][many]") {
+  const Objective objective = any_objective();
+  const Cut cut = any_cut();
+  Chunk chunk(3, 1531, formats[GENERATE(range(0, 6))], 21, 5);
+  check_against_textbook(chunk, objective, cut);
+}
+
+TEST_CASE("temperatures and weights", "[loss][many]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{9, TopkMode::renormalize}, Cut{9, TopkMode::tail});
   const float temperature = GENERATE(1.0f, 2.5f, 0.5f), teacher_temperature = GENERATE(1.0f, 0.8f);
@@ -64,7 +79,7 @@ TEST_CASE("temperatures and weights", "[loss]") {
   chunk.check_against_reference();
 }
 
-TEST_CASE("a vocabulary of 151,936", "[loss][host]") {
+TEST_CASE("a vocabulary of 151,936", "[loss][many]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{64, TopkMode::tail});
   Chunk chunk(1, 151936, {DType::f32, DType::bf16, DType::f32});
@@ -76,7 +91,7 @@ TEST_CASE("a vocabulary of 151,936", "[loss][host]") {
   chunk.check_against_reference();
 }
 
-TEST_CASE("extreme logits give finite values and gradients", "[loss][host]") {
+TEST_CASE("extreme logits give finite values and gradients", "[loss][many]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{3, TopkMode::renormalize}, Cut{3, TopkMode::tail});
   const DType teacher_type = GENERATE(DType::f32, DType::bf16);
@@ -120,7 +135,7 @@ TEST_CASE("equal distributions have no distance and no gradient", "[loss]") {
   }
 }
 
-TEST_CASE("a divergence is never negative beyond rounding", "[loss][host]") {
+TEST_CASE("a divergence is never negative beyond rounding", "[loss][many]") {
   const Objective objective = any_objective();
   const Cut cut = any_cut();
   Chunk chunk(64, 500);
@@ -177,27 +192,38 @@ TEST_CASE("the gradient is the derivative of the loss", "[loss]") {
   }
 }
 
-TEST_CASE("adaptive_kl finds its threshold among ties and in any distribution", "[loss]") {
-  const double deviation = GENERATE(0.0, 1e-4, 0.3, 2.0, 10.0);
-  const double step = GENERATE(0.0, 0.5, 4.0);  // logits on a grid: ties
-  const float alpha = GENERATE(0.03f, 0.5f, 0.97f);
-  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{50, TopkMode::tail});
-  for (const DType type : {DType::f32, DType::f64}) {
-    Chunk chunk(4, 3000, {type, DType::bf16, type});
-    chunk.randomise(unsigned(alpha * 100), deviation, 0.2);
-    if (step > 0)
-      for (std::int64_t r = 0; r < 4; ++r)
-        for (std::int64_t c = 0; c < 3000; ++c)
-          chunk.teacher.set(r, c, std::round(chunk.teacher.get(r, c) / step) * step);
-    set(chunk.spec, Objective::adaptive_kl, cut);
-    chunk.spec.adaptive_alpha = alpha;
-    CAPTURE(name_of(type), deviation, step, alpha, cut.topk);
-    chunk.run();
-    chunk.check_against_reference();
-  }
+// step: logits on a grid have ties.
+void check_threshold(Chunk chunk, double deviation, double step, float alpha, Cut cut) {
+  chunk.randomise(unsigned(alpha * 100), deviation, 0.2);
+  const View teacher = chunk.teacher.view();
+  if (step > 0)
+    for (std::int64_t r = 0; r < teacher.rows; ++r)
+      for (std::int64_t c = 0; c < teacher.cols; ++c)
+        chunk.teacher.set(r, c, std::round(chunk.teacher.get(r, c) / step) * step);
+  set(chunk.spec, Objective::adaptive_kl, cut);
+  chunk.spec.adaptive_alpha = alpha;
+  CAPTURE(name_of(chunk.student.view().dtype), deviation, step, alpha, cut.topk);
+  chunk.run();
+  chunk.check_against_reference();
 }
 
-TEST_CASE("top-k keeps the k largest, ties to the lower id", "[loss]") {
+TEST_CASE("adaptive_kl finds its threshold among ties and in any distribution", "[loss]") {
+  const int i = GENERATE(range(0, 5)), j = GENERATE(range(0, 3));
+  const DType type = (i + j) % 2 == 0 ? DType::f32 : DType::f64;
+  check_threshold({2, 400, {type, DType::bf16, type}}, std::array{0.0, 1e-4, 0.3, 2.0, 10.0}[std::size_t(i)],
+                  std::array{0.0, 0.5, 4.0}[std::size_t(j)], std::array{0.03f, 0.5f, 0.97f}[std::size_t(i + j) % 3],
+                  i % 2 == 0 ? Cut{0, TopkMode::renormalize} : Cut{50, TopkMode::tail});
+}
+
+TEST_CASE("adaptive_kl finds its threshold in many distributions", "[loss][many]") {
+  const double deviation = GENERATE(0.0, 1e-4, 0.3, 2.0, 10.0), step = GENERATE(0.0, 0.5, 4.0);
+  const float alpha = GENERATE(0.03f, 0.5f, 0.97f);
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{50, TopkMode::tail});
+  for (const DType type : {DType::f32, DType::f64})
+    check_threshold({4, 3000, {type, DType::bf16, type}}, deviation, step, alpha, cut);
+}
+
+TEST_CASE("top-k keeps the k largest, ties to the lower id", "[loss][host]") {
   const std::int64_t n = GENERATE(100, 1024, 20000);
   const int k = GENERATE(1, 2, 16, 99, 1000);
   const double grid = GENERATE(0.0, 0.25, 100.0);  // 100: all equal
@@ -247,33 +273,67 @@ TEST_CASE("without a teacher only the cross-entropy is left", "[loss]") {
   chunk.check_against_reference(2);
 }
 
-TEST_CASE("NaN and infinity among the logits reach the loss", "[loss]") {
-  const Cut cut = any_cut();
-  const float bad = std::vector<float>{nan, std::copysign(nan, -1.0f), infinity}[GENERATE(0u, 1u, 2u)];
-  const bool in_student = GENERATE(false, true), with_teacher = GENERATE(false, true);
-  if (!in_student && !with_teacher) return;
-  const DType type = GENERATE(DType::f32, DType::f64);
-  const std::int64_t at = GENERATE(0, 17, 599);
+struct Bad {
+  float value;
+  bool in_student, with_teacher;
+  std::int64_t at;
+};
+constexpr float bad_values[] = {nan, -nan, infinity};
+constexpr std::int64_t bad_places[] = {0, 17, 599};
+
+void check_that_it_shows(const Bad& bad, Objective objective, Cut cut, DType type) {
   Chunk chunk(1, 600, {type, type, type}, 2);
   chunk.randomise(1);
-  set(chunk.spec, any_objective(), cut);
-  chunk.has_teacher = with_teacher;
-  (in_student ? chunk.student : chunk.teacher).set(0, at, bad);
+  set(chunk.spec, objective, cut);
+  chunk.has_teacher = bad.with_teacher;
+  if (!bad.with_teacher) chunk.spec.distill_weight = 0;
+  (bad.in_student ? chunk.student : chunk.teacher).set(0, bad.at, bad.value);
   chunk.run();
-  CAPTURE(bad, in_student, with_teacher, name_of(type), at, cut.topk, int(cut.mode), int(chunk.spec.objective));
-  const double term = chunk.terms.get(0, with_teacher ? LossTerms::divergence : LossTerms::cross_entropy);
+  CAPTURE(bad.value, bad.in_student, bad.with_teacher, name_of(type), bad.at, cut.topk, int(cut.mode), int(objective));
+  const double term = chunk.terms.get(0, bad.with_teacher ? LossTerms::divergence : LossTerms::cross_entropy);
   CHECK(std::isnan(term));
 }
 
-TEST_CASE("the number of threads does not change a bit, nor does a second call", "[loss]") {
+TEST_CASE("NaN and infinity among the logits reach the loss", "[loss]") {
+  const int i = GENERATE(range(0, 6)), j = GENERATE(range(0, 6));
+  check_that_it_shows({bad_values[(i + j) % 3], (i + j) % 2 == 0, true, bad_places[(i + 2 * j) % 3]}, Objective(i),
+                      cuts[j], i % 4 < 2 ? DType::f32 : DType::f64);
+}
+
+TEST_CASE("NaN and infinity among the logits reach the loss of every objective with every cut", "[loss][many]") {
+  const Objective objective = any_objective();
+  const Cut cut = any_cut();
+  const float value = bad_values[GENERATE(0, 1, 2)];
+  const std::int64_t at = bad_places[GENERATE(0, 1, 2)];
+  const DType type = GENERATE(DType::f32, DType::f64);
+  for (const bool in_student : {false, true}) check_that_it_shows({value, in_student, true, at}, objective, cut, type);
+}
+
+TEST_CASE("NaN and infinity among the logits reach the cross-entropy without a teacher", "[loss]") {
+  check_that_it_shows({bad_values[GENERATE(0, 1, 2)], true, false, bad_places[GENERATE(0, 1, 2)]},
+                      Objective::forward_kl, cuts[0], GENERATE(DType::f32, DType::f64));
+}
+
+TEST_CASE("the number of threads does not change a bit", "[loss][host]") {
   const Objective objective = any_objective();
   Chunk chunk(7, 5000, {DType::f32, DType::bf16, DType::bf16});
   chunk.randomise(6);
   set(chunk.spec, objective, {GENERATE(0, 30), TopkMode::tail});
   chunk.run(1, 1);
   const auto gradient = chunk.dlogits.bytes(), terms = chunk.terms.bytes();
-  const int threads = GENERATE(1, 2, 5);
-  chunk.run(1, threads);
+  chunk.run(1, GENERATE(2, 5));
+  CHECK(chunk.dlogits.bytes() == gradient);
+  CHECK(chunk.terms.bytes() == terms);
+}
+
+// On the virtual GPU: in another order of threads and blocks.
+TEST_CASE("a second call gives the same bits", "[loss]") {
+  Chunk chunk(3, 700, {DType::f32, DType::bf16, DType::bf16});
+  chunk.randomise(6);
+  set(chunk.spec, any_objective(), {GENERATE(0, 30), TopkMode::tail});
+  chunk.run();
+  const auto gradient = chunk.dlogits.bytes(), terms = chunk.terms.bytes();
+  chunk.run();
   CHECK(chunk.dlogits.bytes() == gradient);
   CHECK(chunk.terms.bytes() == terms);
 }

@@ -1,4 +1,5 @@
 // The loss with the vocabulary cut over ranks that are threads, against the textbook and the loss that is not cut.
+#include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
@@ -43,38 +44,51 @@ void run_cut(Chunk& chunk, const Begins& begins, float scale = 1, int threads = 
     for (int column = 0; column < LossTerms::count; ++column) chunk.terms.set(r, column, terms[0].get(r, column));
 }
 
-Cut cuts_of_140() {
-  return GENERATE(Cut{0, TopkMode::renormalize}, Cut{7, TopkMode::renormalize}, Cut{7, TopkMode::tail},
-                  Cut{1, TopkMode::tail}, Cut{100, TopkMode::renormalize}, Cut{139, TopkMode::tail});
-}
+constexpr Cut cuts_of_140[] = {{0, TopkMode::renormalize}, {7, TopkMode::renormalize},   {7, TopkMode::tail},
+                               {1, TopkMode::tail},        {100, TopkMode::renormalize}, {139, TopkMode::tail}};
+// Uneven, without a column in front, in the middle and at the end, with padding only.
+const Begins begins_of_140[] = {
+    {0, 100, 151}, {0, 0, 33, 151}, {0, 70, 139, 145, 151}, {0, 1, 1, 140, 151}, {0, 64, 128, 151, 151}};
+constexpr Types types_of_140[] = {
+    {DType::f32, DType::bf16, DType::bf16}, {DType::f32, DType::f32, DType::f32}, {DType::f32, DType::f16, DType::f16}};
 
-TEST_CASE("a cut vocabulary has the terms and the gradient of the whole", "[loss]") {
-  const Objective objective = any_objective();
-  const Cut cut = cuts_of_140();
-  // Uneven, without a column in front, in the middle and at the end, with padding only.
-  const Begins begins = GENERATE(Begins{0, 100, 151}, Begins{0, 0, 33, 151}, Begins{0, 70, 139, 145, 151},
-                                 Begins{0, 1, 1, 140, 151}, Begins{0, 64, 128, 151, 151});
-  const Types types = GENERATE(Types{DType::f32, DType::bf16, DType::bf16}, Types{DType::f32, DType::f32, DType::f32});
-  Chunk chunk(3, 140, types, 11, 5);
+void check_against_whole(Chunk chunk, Objective objective, Cut cut, const Begins& begins) {
+  const std::int64_t rows = chunk.student.view().rows;
   chunk.randomise(unsigned(objective) + 10);
   set(chunk.spec, objective, cut);
   chunk.spec.distill_weight = 0.7f;
   chunk.spec.adaptive_alpha = 0.4f;
   CAPTURE(objective_names[std::size_t(objective)], cut.topk, topk_mode_names[std::size_t(cut.mode)], begins,
-          name_of(types.teacher));
+          name_of(chunk.teacher.view().dtype), chunk.spec.temperature, chunk.spec.teacher_temperature);
   run_cut(chunk, begins, 0.25f);
   chunk.check_against_reference(0.25);
   CHECK(chunk.dlogits.gap_untouched());
 
   Chunk whole = chunk;
   whole.run(0.25f);
-  const double storage = types.gradient == DType::bf16 ? 0x1p-7 : 1e-5;
-  for (std::int64_t r = 0; r < 3; ++r) {
+  const DType gradient = chunk.dlogits.view().dtype;
+  const double storage = gradient == DType::bf16 ? 0x1p-7 : gradient == DType::f16 ? 0x1p-10 : 1e-5;
+  for (std::int64_t r = 0; r < rows; ++r) {
     for (int column = 0; column < LossTerms::count; ++column)
       CHECK(chunk.terms.get(r, column) == Approx(whole.terms.get(r, column)).epsilon(1e-5).margin(1e-6));
     for (std::int64_t c = 0; c < 151; ++c)
       CHECK(chunk.dlogits.get(r, c) == Approx(whole.dlogits.get(r, c)).epsilon(storage).margin(1e-6));
   }
+}
+
+TEST_CASE("every objective over a cut vocabulary has the terms and the gradient of the whole", "[loss]") {
+  const int i = GENERATE(range(0, 6)), j = GENERATE(range(0, 6));  // each objective with each cut, the others in turn
+  Chunk chunk(2, 140, types_of_140[(i + j) % 3], 11, 5);
+  chunk.spec.temperature = i % 2 == 0 ? 1.0f : 2.5f;
+  chunk.spec.teacher_temperature = j % 2 == 0 ? 1.0f : 0.8f;
+  check_against_whole(chunk, Objective(i), cuts_of_140[j], begins_of_140[(i + j) % 5]);
+}
+
+TEST_CASE("a vocabulary cut anywhere has the terms and the gradient of the whole", "[loss][many]") {
+  const Objective objective = any_objective();
+  const Cut cut = cuts_of_140[GENERATE(range(0, 6))];
+  const Begins begins = begins_of_140[GENERATE(range(0, 5))];
+  check_against_whole({3, 140, types_of_140[GENERATE(0, 1)], 11, 5}, objective, cut, begins);
 }
 
 TEST_CASE("a cut vocabulary in double precision", "[loss]") {
@@ -93,7 +107,7 @@ TEST_CASE("a cut vocabulary in double precision", "[loss]") {
   chunk.check_against_reference(0.5, 1e-9);
 }
 
-TEST_CASE("a cut vocabulary, temperatures and weights", "[loss][ranks]") {
+TEST_CASE("a cut vocabulary, temperatures and weights", "[loss][ranks][many]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{9, TopkMode::renormalize}, Cut{9, TopkMode::tail});
   const float temperature = GENERATE(1.0f, 2.5f), teacher_temperature = GENERATE(1.0f, 0.8f);
@@ -130,26 +144,36 @@ TEST_CASE("a scale of zero leaves the terms of a cut vocabulary", "[loss]") {
   chunk.check_against_reference(0);
 }
 
-TEST_CASE("adaptive_kl finds its threshold across ranks, among ties and in any distribution", "[loss]") {
-  const double deviation = GENERATE(0.0, 1e-4, 0.3, 2.0, 10.0);
-  const double step = GENERATE(0.0, 0.5, 4.0);  // logits on a grid: ties
-  const float alpha = GENERATE(0.03f, 0.5f, 0.97f);
-  Chunk chunk(4, 1000, {DType::f32, DType::bf16, DType::f32});
+// step: logits on a grid have ties.
+void check_threshold(Chunk chunk, const Begins& begins, double deviation, double step, float alpha, int topk) {
   chunk.randomise(unsigned(alpha * 100), deviation, 0.2);
+  const View teacher = chunk.teacher.view();
   if (step > 0)
-    for (std::int64_t r = 0; r < 4; ++r)
-      for (std::int64_t c = 0; c < 1000; ++c)
+    for (std::int64_t r = 0; r < teacher.rows; ++r)
+      for (std::int64_t c = 0; c < teacher.cols; ++c)
         chunk.teacher.set(r, c, std::round(chunk.teacher.get(r, c) / step) * step);
-  set(chunk.spec, Objective::adaptive_kl, {GENERATE(0, 50), TopkMode::tail});
+  set(chunk.spec, Objective::adaptive_kl, {topk, TopkMode::tail});
   chunk.spec.adaptive_alpha = alpha;
-  CAPTURE(deviation, step, alpha, chunk.spec.topk);
-  run_cut(chunk, {0, 300, 301, 1000});
+  CAPTURE(deviation, step, alpha, topk);
+  run_cut(chunk, begins);
   chunk.check_against_reference();
 }
 
-TEST_CASE("ties at the edge of the k largest go to the lower id on whichever rank", "[loss]") {
-  const double grid = GENERATE(0.25, 2.0, 100.0);  // 100: all equal
-  const int k = GENERATE(1, 2, 16, 63, 119);
+TEST_CASE("adaptive_kl finds its threshold across ranks, among ties and in any distribution", "[loss]") {
+  const int i = GENERATE(range(0, 5)), j = GENERATE(range(0, 3));
+  check_threshold({2, 300, {DType::f32, DType::bf16, DType::f32}}, {0, 100, 101, 300},
+                  std::array{0.0, 1e-4, 0.3, 2.0, 10.0}[std::size_t(i)], std::array{0.0, 0.5, 4.0}[std::size_t(j)],
+                  std::array{0.03f, 0.5f, 0.97f}[std::size_t(i + j) % 3], i % 2 == 0 ? 0 : 50);
+}
+
+TEST_CASE("adaptive_kl finds its threshold across ranks in many distributions", "[loss][many]") {
+  const double deviation = GENERATE(0.0, 1e-4, 0.3, 2.0, 10.0), step = GENERATE(0.0, 0.5, 4.0);
+  const float alpha = GENERATE(0.03f, 0.5f, 0.97f);
+  check_threshold({4, 1000, {DType::f32, DType::bf16, DType::f32}}, {0, 300, 301, 1000}, deviation, step, alpha,
+                  GENERATE(0, 50));
+}
+
+void check_ties(double grid, int k, TopkMode mode) {
   Chunk chunk(2, 120, {DType::f32, DType::f32, DType::f32});
   chunk.randomise(5);
   for (std::int64_t r = 0; r < 2; ++r)
@@ -157,13 +181,25 @@ TEST_CASE("ties at the edge of the k largest go to the lower id on whichever ran
   chunk.teacher.set(0, 3, -0.0);
   chunk.teacher.set(0, 70, -infinity);
   chunk.teacher.set(0, 71, -2e9);  // reads the same
-  set(chunk.spec, Objective::reverse_kl, {k, GENERATE(TopkMode::renormalize, TopkMode::tail)});
-  CAPTURE(grid, k, int(chunk.spec.topk_mode));
+  set(chunk.spec, Objective::reverse_kl, {k, mode});
+  CAPTURE(grid, k, int(mode));
   run_cut(chunk, {0, 50, 71, 120});
   chunk.check_against_reference();
 }
+constexpr double grids[] = {0.25, 2, 100};  // 100: all equal
+constexpr TopkMode modes[] = {TopkMode::renormalize, TopkMode::tail};
 
-TEST_CASE("extreme logits on a cut vocabulary give finite values and gradients", "[loss]") {
+TEST_CASE("ties at the edge of the k largest go to the lower id on whichever rank", "[loss]") {
+  const int i = GENERATE(0, 1, 2), k = GENERATE(2, 63, 119);
+  check_ties(grids[i], k, modes[(i + k) % 2]);
+}
+
+TEST_CASE("ties at the edge of the k largest, of more k", "[loss][many]") {
+  const int k = GENERATE(1, 2, 16, 63, 119);
+  check_ties(grids[GENERATE(0, 1, 2)], k, modes[GENERATE(0, 1)]);
+}
+
+TEST_CASE("extreme logits on a cut vocabulary give finite values and gradients", "[loss][many]") {
   const Objective objective = any_objective();
   const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{3, TopkMode::renormalize}, Cut{3, TopkMode::tail});
   constexpr std::size_t n = 40;
@@ -190,13 +226,7 @@ TEST_CASE("extreme logits on a cut vocabulary give finite values and gradients",
   chunk.check_against_reference();
 }
 
-TEST_CASE("NaN and infinity in one rank's columns reach the loss of all", "[loss]") {
-  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{7, TopkMode::renormalize}, Cut{60, TopkMode::tail});
-  const float bad = std::vector<float>{nan, std::copysign(nan, -1.0f), infinity}[GENERATE(0u, 1u, 2u)];
-  const bool in_student = GENERATE(false, true);
-  const std::int64_t at = GENERATE(0, 50, 99);
-  const Objective objective =
-      GENERATE(Objective::forward_kl, Objective::reverse_kl, Objective::adaptive_kl, Objective::js_divergence);
+void check_that_it_shows(float bad, bool in_student, std::int64_t at, Objective objective, Cut cut) {
   Chunk chunk(3, 100, {}, 2);
   chunk.randomise(1);
   set(chunk.spec, objective, cut);
@@ -208,6 +238,25 @@ TEST_CASE("NaN and infinity in one rank's columns reach the loss of all", "[loss
   CHECK(std::isfinite(chunk.terms.get(2, LossTerms::divergence)));
 }
 
+TEST_CASE("NaN and infinity in one rank's columns reach the loss of all", "[loss]") {
+  const bool in_student = GENERATE(false, true);
+  const int i = GENERATE(0, 1, 2);
+  check_that_it_shows(std::array{nan, -nan, infinity}[std::size_t(i)], in_student,
+                      std::array{0, 50, 99}[std::size_t(i)],
+                      std::array{Objective::forward_kl, Objective::adaptive_kl, Objective::reverse_kl}[std::size_t(i)],
+                      in_student ? Cut{0, TopkMode::renormalize} : Cut{7, TopkMode::tail});
+}
+
+TEST_CASE("NaN and infinity anywhere in one rank's columns reach the loss of all", "[loss][many]") {
+  const Cut cut = GENERATE(Cut{0, TopkMode::renormalize}, Cut{7, TopkMode::renormalize}, Cut{60, TopkMode::tail});
+  const float bad = std::array{nan, -nan, infinity}[GENERATE(0u, 1u, 2u)];
+  const bool in_student = GENERATE(false, true);
+  const std::int64_t at = GENERATE(0, 50, 99);
+  const Objective objective =
+      GENERATE(Objective::forward_kl, Objective::reverse_kl, Objective::adaptive_kl, Objective::js_divergence);
+  check_that_it_shows(bad, in_student, at, objective, cut);
+}
+
 TEST_CASE("NaN in one rank's columns in double precision and without a teacher", "[loss]") {
   const DType type = GENERATE(DType::f32, DType::f64);
   const bool with_teacher = GENERATE(false, true);
@@ -215,6 +264,7 @@ TEST_CASE("NaN in one rank's columns in double precision and without a teacher",
   Chunk chunk(1, 50, {type, type, type});
   chunk.randomise(1);
   chunk.has_teacher = with_teacher;
+  if (!with_teacher) chunk.spec.distill_weight = 0;
   set(chunk.spec, Objective::adaptive_kl, {GENERATE(0, 5), TopkMode::tail});
   chunk.student.set(0, 48, bad);
   CAPTURE(name_of(type), with_teacher, bad, chunk.spec.topk);
@@ -222,7 +272,7 @@ TEST_CASE("NaN in one rank's columns in double precision and without a teacher",
   CHECK(std::isnan(chunk.terms.get(0, with_teacher ? LossTerms::divergence : LossTerms::cross_entropy)));
 }
 
-TEST_CASE("a cut vocabulary gives the same bits again, whatever the number of threads", "[loss]") {
+TEST_CASE("a cut vocabulary gives the same bits again, whatever the number of threads", "[loss][many]") {
   const Objective objective = any_objective();
   Chunk chunk(7, 3000, {DType::f32, DType::bf16, DType::bf16});
   chunk.randomise(6);
@@ -235,7 +285,7 @@ TEST_CASE("a cut vocabulary gives the same bits again, whatever the number of th
   CHECK(chunk.terms.bytes() == terms);
 }
 
-TEST_CASE("a cut vocabulary of 151,936", "[loss]") {
+TEST_CASE("a cut vocabulary of 151,936", "[loss][many]") {
   const Objective objective = GENERATE(Objective::adaptive_kl, Objective::skewed_reverse_kl);
   Chunk chunk(1, 151936, {DType::f32, DType::bf16, DType::f32});
   chunk.spec.vocabulary = 151665;

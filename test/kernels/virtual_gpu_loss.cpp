@@ -1,4 +1,10 @@
-// The loss of the CUDA backend on the virtual GPU: operands go to the device and back with the gaps between their rows.
+// The loss of the CUDA backend on the virtual GPU: operands go to the device and back.
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "core/group_on_device.h"
 #include "kernels/backends.h"
 #include "test/support/loss_chunk.h"
 #include "virtual_gpu/virtual_gpu.h"
@@ -6,23 +12,44 @@
 namespace distill::test {
 namespace {
 
-// A copy of a view in device memory.
+// A copy of a view in device memory, with gaps of our own between its rows: host memory there may be another rank's.
 class OnDevice {
  public:
   OnDevice(Device& device, const ConstView& host) : device_(device), host_(host) {
     if (!host.data) return;
-    const View all(const_cast<void*>(host.data), 1, elements(), host.dtype);
     storage_ = device.tensor(1, std::max<std::int64_t>(elements(), 1), host.dtype);
-    if (elements() > 0) device.upload(storage_.view().col_slice(0, elements()), all.data);
+    std::vector<std::byte> all(std::size_t(elements()) * size_of(host.dtype), gap);
+    each_row([&](std::size_t at, std::byte* row, std::size_t bytes) { std::memcpy(all.data() + at, row, bytes); });
+    device.upload(used(), all.data());
   }
   View view() { return {storage_.view().mutable_data(), host_.rows, host_.cols, host_.stride, host_.dtype}; }
-  void download(const View& to) {
-    if (elements() > 0) device_.download(to.mutable_data(), storage_.view().col_slice(0, elements()));
+  // Into the view. Throws when a gap was written.
+  void download() {
+    std::vector<std::byte> all(std::size_t(elements()) * size_of(host_.dtype));
+    device_.download(all.data(), used());
+    std::size_t seen = 0;
+    each_row([&](std::size_t at, std::byte* row, std::size_t bytes) {
+      for (; seen < at; ++seen) check(all[seen] == gap, "a gap of ", host_, " was written");
+      std::memcpy(row, all.data() + at, bytes);
+      seen = at + bytes;
+    });
   }
 
  private:
+  static constexpr std::byte gap{0x7f};
+
   // Up to the last element of the last row.
   std::int64_t elements() const { return host_.rows > 0 ? (host_.rows - 1) * host_.stride + host_.cols : 0; }
+  View used() { return storage_.view().col_slice(0, elements()); }
+  // body(where the row begins, in bytes; the row in host memory; its bytes)
+  template <class Body>
+  void each_row(Body&& body) {
+    const std::size_t size = size_of(host_.dtype);
+    for (std::int64_t r = 0; r < host_.rows; ++r) {
+      const std::size_t at = std::size_t(r * host_.stride) * size;
+      body(at, static_cast<std::byte*>(const_cast<void*>(host_.data)) + at, std::size_t(host_.cols) * size);
+    }
+  }
 
   Device& device_;
   ConstView host_;
@@ -36,9 +63,15 @@ void loss_under_test(View dlogits, View terms, const ConstView& student, const C
                      const VocabularyShard& shard) {
   thread_local const std::unique_ptr<Device> device = make_cuda_device(0);  // ranks may be threads
   OnDevice d(*device, dlogits), t(*device, terms), s(*device, student), q(*device, teacher), l(*device, labels);
-  device->distill_loss(d.view(), t.view(), s.view(), q.view(), l.view(), spec, scale, shard);
-  d.download(dlogits);
-  t.download(terms);
+  VocabularyShard on_device = shard;
+  std::unique_ptr<Communicator> group;
+  if (shard.group) {
+    group = std::make_unique<StagedGroup>(*device, shard.group->split(0, shard.group->rank(), "vocabulary"));
+    on_device.group = group.get();
+  }
+  device->distill_loss(d.view(), t.view(), s.view(), q.view(), l.view(), spec, scale, on_device);
+  d.download();
+  t.download();
 }
 
 }  // namespace distill::test
