@@ -86,7 +86,7 @@ class GpuRing final : public Ring, private Awaited {
         stream_(stream),
         exceptions_at_start_(std::uncaught_exceptions()) {}
   ~GpuRing() override {
-    cudaStreamSynchronize(stream_);  // what still uses the slots or the events
+    static_cast<void>(cudaStreamSynchronize(stream_));  // what still uses the slots or the events
     // The memory goes when the student has closed it, unless this is no orderly end.
     if (parts_.own && std::uncaught_exceptions() == exceptions_at_start_) try {
         wait_until([this] { return control_->other_closed(); }, patience_, *this);

@@ -94,7 +94,9 @@ class NcclGroup final : public GroupOnDevice {
     }
     greet();
   }
-  ~NcclGroup() override { cudaStreamSynchronize(compute_); }  // it may still wait for events of this group
+  ~NcclGroup() override {
+    static_cast<void>(cudaStreamSynchronize(compute_));
+  }  // it may still wait for events of this group
 
  private:
   // What was begun, done when its event is.
@@ -102,7 +104,7 @@ class NcclGroup final : public GroupOnDevice {
    public:
     Begun(NcclGroup& group, Event done) : group_(group), done_(std::move(done)) {}
     ~Begun() override {
-      if (!is_over_) cudaStreamWaitEvent(group_.compute_, done_.get(), cudaEventWaitDefault);
+      if (!is_over_) static_cast<void>(cudaStreamWaitEvent(group_.compute_, done_.get(), cudaEventWaitDefault));
       group_.free_events_.push_back(std::move(done_));
     }
     void wait() override {

@@ -38,7 +38,7 @@ CudaDevice::CudaDevice(int ordinal)
       product_(use_, name_) {}
 
 // Nothing of ours may be in use when the members go.
-CudaDevice::~CudaDevice() { cudaStreamSynchronize(stream()); }
+CudaDevice::~CudaDevice() { static_cast<void>(cudaStreamSynchronize(stream())); }
 
 void CudaDevice::upload(View to, const void* host) {
   check(to.contiguous(), "upload into a strided view");
