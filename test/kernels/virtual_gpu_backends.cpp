@@ -7,19 +7,25 @@ namespace distill::test {
 namespace {
 
 // One device for all cases of a seed, which come one after the other: a new one takes longer than most of them.
+struct Current {
+  std::uint64_t seed = 0;
+  std::shared_ptr<Device> device;
+  // Started before there is a device, the virtual GPU looks for what is left after the device went.
+  Current() { virtual_gpu::restart(virtual_gpu::options_from_environment()); }
+};
+
 Backend virtual_gpu_of(std::uint64_t seed) {
   return {"virtual GPU, order " + std::to_string(seed), [=] {
-            static std::shared_ptr<Device> device;
-            static std::uint64_t seed_of_device = 0;
-            if (seed != seed_of_device) {
-              device.reset();
+            static Current current;
+            if (seed != current.seed) {
+              current.device.reset();
               virtual_gpu::Options options = virtual_gpu::options_from_environment();
-              options.seed = seed_of_device = seed;
+              options.seed = current.seed = seed;
               if (seed > 1) options.races = virtual_gpu::Races::off;  // accesses are the same in any order
               virtual_gpu::restart(options);
-              device = make_cuda_device(0);
+              current.device = make_cuda_device(0);
             }
-            return device;
+            return current.device;
           }};
 }
 
