@@ -148,6 +148,7 @@ int end_run(MpiSession& mpi, const char* message, ExitCode code) {
     std::cerr << "distill: " << message << std::endl;
     return int(code);
   }
+  if (code == ExitCode::peer_lost) mpi.await_explanation();
   std::cerr << "distill: " << name_of(mpi.me()) << ": " << message << std::endl;
   mpi.abort_all(int(code));
 }

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <exception>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -64,6 +66,61 @@ struct CloseHandle {
 };
 using Opened = std::unique_ptr<void, CloseHandle>;
 
+// How long a stream waits for the other side, measured by events on it: from when the work before was done.
+class StreamWaits {
+ public:
+  explicit StreamWaits(cudaStream_t stream) : stream_(stream) {}
+
+  void begin() {
+    collect();
+    if (!is_open_) spans_.emplace_back(event(), event());
+    is_open_ = true;
+    record(spans_.back().first);
+  }
+  // Nothing where there was no begin().
+  void end() {
+    if (is_open_) record(spans_.back().second);
+    is_open_ = false;
+  }
+  // Of all waits that are over.
+  double seconds() {
+    collect();
+    return seconds_;
+  }
+
+ private:
+  Event event() {
+    if (free_.empty()) {
+      cudaEvent_t made{};
+      check_call(cudaEventCreate(&made));
+      return Event(made);
+    }
+    Event last = std::move(free_.back());
+    free_.pop_back();
+    return last;
+  }
+  void record(const Event& mark) const { check_call(cudaEventRecord(mark.get(), stream_)); }
+  void collect() {
+    for (; spans_.size() > std::size_t(is_open_); spans_.pop_front()) {
+      auto& [first, last] = spans_.front();
+      const cudaError_t done = cudaEventQuery(last.get());
+      if (done == cudaErrorNotReady) return;
+      check_call(done);
+      float milliseconds = 0;
+      check_call(cudaEventElapsedTime(&milliseconds, first.get(), last.get()));
+      seconds_ += 1e-3 * double(milliseconds);
+      free_.push_back(std::move(first));
+      free_.push_back(std::move(last));
+    }
+  }
+
+  cudaStream_t stream_;
+  std::deque<std::pair<Event, Event>> spans_;  // the last one is without an end while is_open_
+  std::vector<Event> free_;
+  bool is_open_ = false;
+  double seconds_ = 0;
+};
+
 // What one side has of the ring. Either of the memories is set.
 struct Parts {
   Buffer own;
@@ -84,6 +141,7 @@ class GpuRing final : public Ring, private Awaited {
         slot_bytes_(slot_bytes(end.shape)),
         slots_(std::size_t(end.shape.slots)),
         stream_(stream),
+        waits_(stream),
         exceptions_at_start_(std::uncaught_exceptions()) {}
   ~GpuRing() override {
     static_cast<void>(cudaStreamSynchronize(stream_));  // what still uses the slots or the events
@@ -101,7 +159,10 @@ class GpuRing final : public Ring, private Awaited {
   std::byte* memory(std::size_t slot) override { return parts_.memory() + slot * slot_bytes_; }
   void take_over(std::size_t slot) override {
     check_call(cudaStreamWaitEvent(stream_, parts_.theirs[slot].get(), cudaEventWaitDefault));
+    waits_.end();
   }
+  void begin_wait() override { waits_.begin(); }
+  std::optional<double> stream_seconds_waited() override { return waits_.seconds(); }
   void hand_over(std::uint64_t chunks) override {
     check_call(cudaEventRecord(parts_.mine[std::size_t((chunks - 1) % slots_)].get(), stream_));
     control_->hand_over(chunks);
@@ -119,6 +180,7 @@ class GpuRing final : public Ring, private Awaited {
   Patience patience_;
   std::size_t slot_bytes_, slots_;
   cudaStream_t stream_;
+  StreamWaits waits_;
   int exceptions_at_start_;
 };
 

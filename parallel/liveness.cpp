@@ -110,9 +110,9 @@ std::string PeerWatch::trouble(std::chrono::milliseconds dead_after) {
 NodeLives::NodeLives(std::shared_ptr<std::byte> signs, std::size_t count, std::size_t mine)
     : signs_(std::move(signs)), count_(count), mine_(mine), heart_(at(mine).sign()) {}
 
-bool NodeLives::stop_asked() const {
+bool NodeLives::is_set(std::atomic<std::uint64_t> LifeSign::*word) const {
   for (std::size_t i = 0; i < count_; ++i)
-    if (at(i).wants_stop.load(std::memory_order_relaxed) != 0) return true;
+    if ((at(i).*word).load(std::memory_order_relaxed) != 0) return true;
   return false;
 }
 

@@ -25,6 +25,7 @@ struct alignas(64) LifeSign {
   std::atomic<std::int64_t> pid;
   std::atomic<std::uint64_t> pid_space;   // process ids mean something only within one pid namespace
   std::atomic<std::uint64_t> wants_stop;  // asked by a signal to end the run
+  std::atomic<std::uint64_t> said_why;    // ends the run and has printed the reason
 
   LifeSign& sign();  // as this process
 };
@@ -130,8 +131,10 @@ class NodeLives final : public Lives {
   // Whether a rank of another node was found silent. Any thread.
   bool has_lost_far() const { return has_lost_far_; }
   void ask_to_stop() { at(mine_).wants_stop.store(1, std::memory_order_relaxed); }  // any thread
+  void say_why() { at(mine_).said_why.store(1, std::memory_order_relaxed); }        // any thread
   // Of any rank of this node.
-  bool stop_asked() const;
+  bool stop_asked() const { return is_set(&LifeSign::wants_stop); }
+  bool has_said_why() const { return is_set(&LifeSign::said_why); }
 
  private:
   struct Far {
@@ -142,6 +145,7 @@ class NodeLives final : public Lives {
   };
 
   LifeSign& at(std::size_t index) const;
+  bool is_set(std::atomic<std::uint64_t> LifeSign::*word) const;
   std::string listener_trouble(const Far& far, std::chrono::milliseconds dead_after);
   Silence::Duration silence_of(Far& far);
   std::string far_trouble(Far& far, std::chrono::milliseconds dead_after);

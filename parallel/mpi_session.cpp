@@ -309,7 +309,7 @@ std::string host_name() {
 
 // After the loss of a node: time for mpirun to end the run by itself. Then how long MPI_Abort may take to end this
 // process, which after that ends itself. With peer_dead_after all of it is less than half a minute.
-constexpr std::chrono::seconds launcher_grace(6), abort_grace(2);
+constexpr std::chrono::seconds launcher_grace(6), abort_grace(2), explanation_grace(2);
 
 // Number of this rank's node: nodes are counted in the order of their lowest ranks.
 int node_number(int rank, int ranks) {
@@ -505,9 +505,20 @@ std::unique_ptr<Communicator> MpiSession::messages(std::string name, std::size_t
       state_->node, longest_message, is_extra ? MessageGroup::Within::messages : MessageGroup::Within::shared);
 }
 
+void MpiSession::await_explanation() const {
+  if (!state_->node->lives) return;
+  const auto until = std::chrono::steady_clock::now() + explanation_grace;
+  while (!state_->node->lives->has_said_why()) {
+    if (std::chrono::steady_clock::now() > until) return;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  std::this_thread::sleep_for(launcher_grace);
+}
+
 void MpiSession::abort_all(int code) {
   std::cout << std::flush;
   std::cerr << std::flush;
+  if (state_->node->lives) state_->node->lives->say_why();
   // mpirun may be about to notice the loss of a node, and then ends the run in order. What an abort would have it send
   // there is never answered, and keeps it from noticing until TCP gives up, a quarter of an hour later.
   if (state_->node->lives && state_->node->lives->has_lost_far()) std::this_thread::sleep_for(launcher_grace);

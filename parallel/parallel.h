@@ -36,12 +36,15 @@ class MpiSession {
   // From now on the loss of another node, silent for dead_after, ends this run with code peer_lost and one message a
   // node, also while no rank waits.
   void watch_nodes(std::chrono::milliseconds dead_after);
-  // From now on a rank of this node that is silent for dead_after does so, too: for runs whose ranks wait for each other
-  // in ways that this folder does not see, on a GPU.
+  // From now on a rank of this node that is silent for dead_after does so, too: for runs whose ranks wait for each
+  // other in ways that this folder does not see, on a GPU.
   void watch_ranks(std::chrono::milliseconds dead_after);
   // A group of all ranks that uses messages even within a node, none longer than longest_message bytes.
   std::unique_ptr<Communicator> messages(std::string name, std::size_t longest_message = std::size_t(1) << 30);
-  // Ends all ranks now with this exit code.
+  // Before a rank says that it has lost another: gives those of its node 2 s to call abort_all, since their message is
+  // the one that counts. When one has, mpirun ends this process here.
+  void await_explanation() const;
+  // Ends all ranks now with this exit code; its reason has been printed.
   [[noreturn]] void abort_all(int code);
   static std::string library_version();  // "Open MPI v4.1.4"
 
@@ -79,9 +82,9 @@ struct ChannelShape {
 
 // What travels in a group on GPUs: collectives, or tensors from each rank to the next, or to the one before.
 enum class GpuTraffic { collectives, upward, downward };
-// NCCL over a group whose ranks have a GPU each. All of them call it. Operations are put on streams of their own, ordered
-// with the device's by events, and block no host; small things go through `host`. Maxima and minima need not keep NaN.
-// Where this program was built without NCCL, a StagedGroup.
+// NCCL over a group whose ranks have a GPU each. All of them call it. Operations are put on streams of their own,
+// ordered with the device's by events, and block no host; small things go through `host`. Maxima and minima need not
+// keep NaN. Where this program was built without NCCL, a StagedGroup.
 std::unique_ptr<Communicator> make_gpu_group(Device& device, std::unique_ptr<Communicator> host, GpuTraffic traffic);
 
 // Shared memory of a group of ranks of one node: of the world of a run on one node, or of a channel by messages between
@@ -97,8 +100,8 @@ std::uint64_t shared_memory_available();
 std::unique_ptr<TeacherSource> open_shared_source(Communicator& group, int teacher, const ChannelShape& shape);
 std::unique_ptr<LogitsSink> open_shared_sink(Communicator& group, int student, const ChannelShape& shape);
 
-// The same in the memory of the teacher's GPU: the student's kernels read it in place, and nothing but events orders the
-// two streams. Where the student's GPU cannot reach it, both get null and `obstacle` says why.
+// The same in the memory of the teacher's GPU: the student's kernels read it in place, and nothing but events orders
+// the two streams. Where the student's GPU cannot reach it, both get null and `obstacle` says why.
 std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher, const ChannelShape& shape,
                                                Device& device, std::string& obstacle);
 std::unique_ptr<LogitsSink> open_gpu_sink(Communicator& group, int student, const ChannelShape& shape, Device& device,

@@ -31,7 +31,8 @@ class End : private Awaited {
     due_.batch_hash = hash_of(batch);
     due_.chunk = 0;
   }
-  double seconds_waited() const { return seconds_; }
+  // A GPU may still be busy while the host waits, and wait when the host has gone on.
+  double seconds_waited() const { return ring().stream_seconds_waited().value_or(seconds_); }
   std::int64_t bytes_moved() const { return bytes_; }
 
  protected:
@@ -49,6 +50,7 @@ class End : private Awaited {
   }
   template <class Ready>
   void wait(const Ready& ready) {
+    ring().begin_wait();
     seconds_ += wait_until(ready, end_.patience, *this);
   }
   void check_held() const { check(held_, "the logits channel: a chunk is handed over that is not held"); }

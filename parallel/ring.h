@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "parallel/parallel.h"
@@ -38,6 +39,10 @@ class Ring {
   // What this side does with the slot from now on comes after what the other did before it handed the slot over. Once
   // for every chunk, except for the teacher's first one in each slot.
   virtual void take_over(std::size_t) {}
+  // A GPU's time: begin_wait() before this side waits for a slot, and what its stream has waited from there to
+  // take_over() so far, seconds. Empty where nothing but the host waits.
+  virtual void begin_wait() {}
+  virtual std::optional<double> stream_seconds_waited() { return std::nullopt; }
   // This side has now handed over (published or released) `chunks` chunks.
   virtual void hand_over(std::uint64_t chunks) = 0;
   // What is wrong with the other side, empty while it lives; may throw what it has met itself.

@@ -1,7 +1,6 @@
 #include "core/train/pipeline.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "core/error.h"
 
@@ -45,23 +44,15 @@ void PipelineLinks::finish() {
   wait_down_to(sent_gradients_, 0);
 }
 
-double PipelineLinks::take_seconds_waited() {
-  const double seconds = seconds_waited_;
-  seconds_waited_ = 0;
-  return seconds;
-}
-
 void PipelineLinks::wait_for_first(Queue& queue) {
   if (!queue.empty()) wait_down_to(queue, queue.size() - 1);
 }
 
 void PipelineLinks::wait_down_to(Queue& queue, std::size_t keep) {
-  const auto start = std::chrono::steady_clock::now();
   while (queue.size() > keep) {
     queue.front()->wait();
     queue.erase(queue.begin());
   }
-  seconds_waited_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace distill

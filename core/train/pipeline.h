@@ -35,7 +35,7 @@ class PipelineLinks {
   // Begins to receive into memory that nothing else touches until receive_…; nothing where there is no such neighbour.
   void expect_input(View input);
   void expect_gradient(View gradient);
-  // Returns when what was expected first is there.
+  // Returns when what was expected first is there, for the device's work from now on (Pending).
   void receive_input() { wait_for_first(inputs_); }
   void receive_gradient() { wait_for_first(gradients_); }
   // Returns when at most `keep` of what was sent are still on their way, this one included.
@@ -44,9 +44,6 @@ class PipelineLinks {
   // Returns when all that was sent has arrived.
   void finish();
 
-  // Time this stage waited for its neighbours since the last call, seconds.
-  double take_seconds_waited();
-
  private:
   using Queue = std::vector<std::unique_ptr<Pending>>;
   void wait_for_first(Queue& queue);
@@ -54,7 +51,6 @@ class PipelineLinks {
 
   Communicator &forward_, &backward_;
   Queue inputs_, gradients_, sent_outputs_, sent_gradients_;
-  double seconds_waited_ = 0;
 };
 
 }  // namespace distill

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <vector>
 
+#include "core/error.h"
+
 namespace distill {
 
 double measure_peak_flops(Device& device, DType dtype) {
@@ -52,6 +54,9 @@ std::string time_report(const StepTimes& times, std::int64_t steps, const Device
   out += format("beside the steps: validation %.3f s, checkpoints %.3f s", times.validation, times.checkpoint);
   if (times.student_wait > 0) out += format("; the teacher waited %.3f s for the student", times.student_wait);
   out += '\n';
+
+  if (device.native_stream())
+    return out + text("operations on ", device.name(), " are not timed one by one: a profiler shows them\n");
 
   std::vector<std::pair<std::string, OpTime>> ops(device.op_times().begin(), device.op_times().end());
   std::sort(ops.begin(), ops.end(), [](const auto& a, const auto& b) { return a.second.seconds > b.second.seconds; });

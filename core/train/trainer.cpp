@@ -217,8 +217,7 @@ void Trainer::run_step(std::int64_t step, StepResult& result) {
     else
       backward(task.micro, result);
   }
-  links_.finish();
-  times.pipeline += links_.take_seconds_waited();
+  in_pipeline(times, [&] { links_.finish(); });
   {
     const Stopwatch watch(device_, times.reduce);
     sync_.finish();
@@ -233,11 +232,18 @@ void Trainer::run_step(std::int64_t step, StepResult& result) {
   apply(result);
 }
 
+// What a stage does with its neighbours; the time counts in which its device waits in the place of the host, too.
+void Trainer::in_pipeline(StepTimes& times, const std::function<void()>& work) {
+  if (links_.stages() == 1) return work();
+  const Stopwatch watch(device_, times.pipeline);
+  work();
+}
+
 void Trainer::forward(int m, double scale, StepResult& result) {
   const std::vector<MicroBatch>& all = result.batch.micro;
   const MicroBatch& micro = all[std::size_t(m)];
   result.pairs += attention_pairs(micro);
-  links_.receive_input();
+  in_pipeline(result.times, [&] { links_.receive_input(); });
   if (m + 1 < int(all.size()))
     links_.expect_input(student_.stage_input(std::int64_t(all[std::size_t(m) + 1].tokens.size()), m + 1));
   BatchOnDevice& batch = batches_[std::size_t(m) % batches_.size()];
@@ -247,7 +253,7 @@ void Trainer::forward(int m, double scale, StepResult& result) {
     batch.upload(micro);
     out = student_.forward(batch.batch(), m);
   }
-  links_.send_output(out, batches_.size());
+  in_pipeline(result.times, [&] { links_.send_output(out, batches_.size()); });
   if (!head_loss_) return;
   const double waited = teacher_ ? teacher_->seconds_waited() : 0,
                teacher_waited = teacher_ ? teacher_->teacher_seconds_waited() : 0;
@@ -265,7 +271,7 @@ void Trainer::forward(int m, double scale, StepResult& result) {
 void Trainer::backward(int m, StepResult& result) {
   const std::vector<MicroBatch>& all = result.batch.micro;
   const bool is_last = m + 1 == int(all.size());
-  links_.receive_gradient();
+  in_pipeline(result.times, [&] { links_.receive_gradient(); });
   View dinput;
   {
     const Stopwatch watch(device_, result.times.backward);
@@ -273,7 +279,7 @@ void Trainer::backward(int m, StepResult& result) {
     dinput = student_.backward(batches_[std::size_t(m) % batches_.size()].batch(), dhidden_, m,
                                is_last ? Transformer::BucketReady(ready) : nullptr);
   }
-  links_.send_gradient(dinput, 1);
+  in_pipeline(result.times, [&] { links_.send_gradient(dinput, 1); });
   if (!is_last) links_.expect_gradient(student_.output_gradient(std::int64_t(all[std::size_t(m) + 1].tokens.size())));
 }
 
@@ -357,7 +363,6 @@ LossSums Trainer::validate() {
     positions += double(micro.front().supervised.size());
   }
   links_.finish();
-  links_.take_seconds_waited();  // is no part of a step
   LossSums means{};
   if (head_loss_) means = head_loss_->take_sums();
   sum_over_last_stages(means);

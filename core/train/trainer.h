@@ -109,6 +109,7 @@ class Trainer {
   };
 
   void run_step(std::int64_t step, StepResult& result);
+  void in_pipeline(StepTimes& times, const std::function<void()>& work);
   void forward(int m, double scale, StepResult& result);
   void backward(int m, StepResult& result);
   // Of what the last stages know: sums over its ranks that count, on every rank.

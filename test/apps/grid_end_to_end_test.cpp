@@ -84,7 +84,7 @@ void train(const Workshop& shop, const std::string& name, const Words& overrides
 TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
   const Workshop shop({.teacher_layers = 4, .student_layers = 4});
   shop.make_teacher();
-  train(shop, "one", {}, 0);
+  train(shop, "one", {"device=cpu"}, 0);
   struct Case {
     std::string name;
     int ranks;
@@ -110,7 +110,7 @@ TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
 TEST_CASE("untied models on a grid without a teacher", "[e2e][sanitized]") {
   const Workshop shop({.student_layers = 3, .tied = false});
   const Words plain = {"distill_loss_weight=0"};
-  train(shop, "one", plain, 0);
+  train(shop, "one", plain + Words{"device=cpu"}, 0);
   train(shop, "grid", plain + tp(2) + pp(3), 6);
   check_like(shop, "grid", "one");
 }

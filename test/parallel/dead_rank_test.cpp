@@ -125,6 +125,15 @@ TEST_CASE("a group ends when one of its processes stops") {
   CHECK(Clock::now() - start < 5s);
 }
 
+TEST_CASE("what ends the run is said by one process, and the others know") {
+  const Cradle cradle(2);
+  NodeLives lives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 2, 0);
+  CHECK_FALSE(lives.has_said_why());
+  Child other([&] { NodeLives(std::shared_ptr<std::byte>(cradle.signs, cradle.signs->data()), 2, 1).say_why(); });
+  other.wait();
+  CHECK(lives.has_said_why());
+}
+
 TEST_CASE("a process that was stopped itself does not blame the others") {
   const Cradle cradle(2);
   Patience patience;

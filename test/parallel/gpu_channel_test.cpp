@@ -1,7 +1,10 @@
 // The logits channel in GPU memory, between two processes. Rank 0 is the student, rank 1 the teacher.
-#include <driver_types.h>
+#include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <catch2/catch.hpp>
+#include <chrono>
+#include <thread>
 #include <vector>
 
 #include "core/train/micro_batch.h"
@@ -114,6 +117,48 @@ void check_reading_in_place(bool shares_gpu) {
 
 TEST_CASE("kernels read the teacher's logits where it wrote them", "[mpi][one gpu]") { check_reading_in_place(true); }
 TEST_CASE("kernels read the logits in another GPU's memory", "[mpi][two gpus]") { check_reading_in_place(false); }
+
+// A student that comes early and one whose GPU is busy until the logits are there. The teacher sleeps half a second.
+TEST_CASE("the time counts in which the GPU waits, and not the host", "[mpi][two gpus]") {
+  using namespace std::chrono_literals;
+  const bool is_busy = GENERATE(false, true);
+  CAPTURE(is_busy);
+  Bench bench(/*shares_gpu=*/false);
+  bench.open();
+  REQUIRE(bench.is_open());
+  std::atomic<bool> may_go_on = false;
+  const MicroBatch data = batch(1);
+  const std::int64_t positions = chunks_of(data).front();
+  bench.world.barrier();
+  if (!bench.is_student()) {
+    std::this_thread::sleep_for(500ms);
+    bench.sink->begin(data);
+    fill(*bench.device, bench.sink->acquire(positions), 0);
+    bench.sink->publish();
+    bench.device->synchronize();
+    CHECK(bench.sink->seconds_waited() < 0.2);
+  } else {
+    const auto hold = [](void* flag) {
+      while (!*static_cast<std::atomic<bool>*>(flag)) std::this_thread::sleep_for(1ms);
+    };
+    const auto stream = static_cast<cudaStream_t>(bench.device->native_stream());
+    if (is_busy) REQUIRE(cudaLaunchHostFunc(stream, hold, &may_go_on) == cudaSuccess);
+    bench.source->begin(data);
+    bench.source->acquire(positions);
+    std::this_thread::sleep_for(100ms);  // so that the logits are written
+    may_go_on = true;
+    bench.device->synchronize();
+    const double waited = bench.source->seconds_waited();
+    CAPTURE(waited);
+    CHECK((is_busy ? waited < 0.3 : waited > 0.4));
+    bench.source->release();
+  }
+  bench.world.barrier();
+  bench.source.reset();
+  bench.sink.reset();
+  bench.device.reset();
+  for (const std::string& report : take_gpu_reports()) FAIL_CHECK(report);
+}
 
 TEST_CASE("GPUs that do not reach each other: both ends know, and why", "[mpi][apart]") {
   const GpuSetup setup{.peer_access = false};

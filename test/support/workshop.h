@@ -1,8 +1,9 @@
-// What end-to-end tests work with: a folder with models, records and a configuration, and the program
-// (DISTILL_PROGRAM).
+// What end-to-end tests work with: a folder with models, records and a configuration, and the program: DISTILL_PROGRAM
+// of the build, or of the environment, where another build is to be tested by the same cases (DISTILL_DEVICE: on what).
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -43,6 +44,12 @@ inline std::vector<std::string> column(const std::filesystem::path& csv, const s
   return values;
 }
 
+inline std::string environment_or(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value ? value : otherwise;
+}
+inline std::string program() { return environment_or("DISTILL_PROGRAM", DISTILL_PROGRAM); }
+
 // Sizes of the two models.
 struct WorkshopModels {
   int teacher_layers = 2, student_layers = 1, feed_forward = 64;
@@ -67,6 +74,8 @@ max_grad_norm: 1.0
 save_steps: 2
 eval_steps: 3
 max_steps: 6
+device: )" + environment_or("DISTILL_DEVICE", "auto") +
+                                  R"(
 student:
   model_args: {dtype: fp32}
   data_args: {file_name: )" + path("train.jsonl") +
@@ -96,7 +105,7 @@ validation:
             "--oversubscribe", "--bind-to", "none", "-np"})
         words.push_back(word);
     if (ranks > 0) words.push_back(std::to_string(ranks));
-    words.push_back(DISTILL_PROGRAM);
+    words.push_back(program());
     words.insert(words.end(), arguments.begin(), arguments.end());
     return words;
   }
@@ -110,8 +119,8 @@ validation:
   }
   // A teacher to distil from: two steps from random weights.
   void make_teacher() const {
-    const auto result =
-        train("teacher-run", {"student_pretrain=" + path("teacher"), "distill_loss_weight=0", "max_steps=2"});
+    const auto result = train(
+        "teacher-run", {"student_pretrain=" + path("teacher"), "distill_loss_weight=0", "max_steps=2", "device=cpu"});
     if (result.code != 0) throw std::runtime_error("the teacher: " + result.output);
   }
   std::vector<std::string> losses(const std::string& name) const {

@@ -386,8 +386,8 @@ cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, s
 
 // --- streams
 
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
-  return call("cudaStreamCreateWithPriority", work, [&](Held&) {
+static cudaError_t create_stream(const char* name, cudaStream_t* handle, unsigned flags, int priority) {
+  return call(name, work, [&](Held&) {
     static std::uint64_t created = 0;
     const auto stream = std::make_shared<Stream>();
     stream->number = ++created;
@@ -399,11 +399,14 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, i
     return cudaSuccess;
   });
 }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
+  return create_stream("cudaStreamCreateWithPriority", handle, flags, priority);
+}
 cudaError_t cudaStreamCreate(cudaStream_t* handle) {
-  return cudaStreamCreateWithPriority(handle, cudaStreamDefault, 0);
+  return create_stream("cudaStreamCreate", handle, cudaStreamDefault, 0);
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
-  return cudaStreamCreateWithPriority(handle, flags, 0);
+  return create_stream("cudaStreamCreateWithFlags", handle, flags, 0);
 }
 // Returns at once; the work that is left still runs.
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
