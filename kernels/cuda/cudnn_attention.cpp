@@ -121,34 +121,32 @@ bool CudnnAttention::run(const AttentionCall& call, const AttentionOperands& ope
   return true;
 }
 
-// Why the GPU or the library cannot be used.
-std::string problem_of(Library& library) {
+// Throws Error with the reason where the installed library or the GPU cannot be used.
+Library start_library() {
   constexpr std::size_t oldest = 91801;
-  if (cudnnGetVersion() < oldest)
-    return text("cuDNN ", version(cudnnGetVersion()), " is installed, expected at least ", version(oldest));
+  const std::size_t installed = cudnnGetVersion();
+  check(installed >= oldest, "cuDNN ", version(installed), " is installed, expected at least ", version(oldest));
   int gpu = 0, major = 0;
   cuda_check(cudaGetDevice(&gpu));
   cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu));
-  // Elsewhere its kernels want log_sum filled up to the longest sequence, in another order than ours.
-  if (major != 9 && major != 10)
-    return text("for packed sequences it needs a GPU of compute capability 9 or 10, this one has ", major);
-  cudnnHandle_t made{};
-  const cudnnStatus_t status = cudnnCreate(&made);
-  if (status != CUDNN_STATUS_SUCCESS) return text("cuDNN does not start: ", cudnnGetErrorString(status));
-  library = Library(made);
-  return {};
+  // Elsewhere its backward wants log_sum filled up to the longest sequence, in another order than ours.
+  check(major == 9 || major == 10,
+        "cuDNN's attention of packed sequences is for GPUs of compute capability 9 and 10, this one has ", major);
+  cudnnHandle_t library{};
+  check_cudnn(cudnnCreate(&library), "start");
+  return Library(library);
 }
 
 }  // namespace
 
 std::unique_ptr<LibraryAttention> make_library_attention(std::shared_ptr<MemoryUse> use, const std::string& device,
                                                          cudaStream_t stream, const Warn& warn) {
-  Library library;
-  if (const std::string problem = problem_of(library); !problem.empty()) {
-    warn(text("attn_implementation: sdpa: ", problem, "; our own attention is used"));
+  try {
+    return std::make_unique<CudnnAttention>(std::move(use), device, start_library(), stream, warn);
+  } catch (const Error& error) {
+    warn(text("attn_implementation: sdpa: ", error.what(), "; our own attention is used"));
     return nullptr;
   }
-  return std::make_unique<CudnnAttention>(std::move(use), device, std::move(library), stream, warn);
 }
 
 std::string cudnn_version() { return text("cuDNN ", version(CUDNN_VERSION)); }

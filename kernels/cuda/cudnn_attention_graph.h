@@ -1,8 +1,8 @@
 // Attention of packed sequences as graphs of cuDNN, forward and backward, and where the graphs' tensors lie. Numbers
 // only: nothing here calls the library.
 //
-// cuDNN 9.19 has one operation for all of attention (CUDNN_BACKEND_OPERATION_SDPA_FWD_DESCRIPTOR, _BWD_), but it knows
-// no causal mask before 9.21; so the graphs are the products, masks and sums themselves, in the order in which cuDNN's
+// cuDNN has one operation for all of attention (CUDNN_BACKEND_OPERATION_SDPA_FWD_DESCRIPTOR, _BWD_), but before 9.21 it
+// knows no causal mask; so the graphs are the products, masks and sums themselves, in the order in which cuDNN's
 // attention kernels recognise them.
 #pragma once
 
