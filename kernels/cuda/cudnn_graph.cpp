@@ -252,17 +252,16 @@ std::vector<Descriptor> LibraryGraph::proposals(const Descriptor& device) const 
   return found;
 }
 
-Plan::Plan(const Graph& graph, const Descriptor& device) : plan_(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) {
-  const LibraryGraph made(graph);
-  const std::vector<Descriptor> proposals = made.proposals(device);
-  if (proposals.empty()) fail("cuDNN proposes no kernel (", last_reason(), ")");
-  for (std::size_t i = 0; i < proposals.size(); ++i) {
+Plan::Plan(const Graph& graph, const Descriptor& device)
+    : graph_(graph), proposals_(graph_.proposals(device)), plan_(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) {
+  if (proposals_.empty()) fail("cuDNN proposes no kernel (", last_reason(), ")");
+  for (const Descriptor& proposal : proposals_) {
     plan_ = Descriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR);
-    plan_.set(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, proposals[i].get());
+    plan_.set(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, proposal.get());
     plan_.set(CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, device.get());
     const cudnnStatus_t status = cudnnBackendFinalize(plan_.get());
     if (status == CUDNN_STATUS_SUCCESS) break;
-    if (i + 1 == proposals.size()) check_cudnn(status, "none of its kernels can be loaded");
+    if (&proposal == &proposals_.back()) check_cudnn(status, "none of its kernels can be loaded");
   }
   workspace_bytes_ = std::size_t(plan_.number(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE));
 }

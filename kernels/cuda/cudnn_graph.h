@@ -147,6 +147,9 @@ class Plan {
   void execute(cudnnHandle_t library, const Addresses& addresses, void* workspace) const;
 
  private:
+  // cuDNN does not say that a plan outlives what it was made of.
+  LibraryGraph graph_;
+  std::vector<Descriptor> proposals_;
   Descriptor plan_;
   std::size_t workspace_bytes_ = 0;
 };
