@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iomanip>
+#include <iostream>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -132,8 +133,22 @@ std::string describe(const RunDevices& devices, const Grid& grid, const Communic
   return out.str();
 }
 
-std::unique_ptr<Device> make_device(const RunDevices& devices, int rank, int threads) {
-  return devices.are_gpus() ? make_cuda_device(devices.gpus[std::size_t(rank)]) : make_cpu_device(threads);
+bool wants_library_attention(const Config& config, const Place& place) {
+  const auto wants = [](const WorkerConfig& worker) {
+    return worker.model_args.attn_implementation == AttentionHint::sdpa;
+  };
+  return (is_student(place.role) && wants(config.student)) || (is_teacher(place.role) && wants(config.teacher));
+}
+
+std::unique_ptr<Device> make_device(const RunDevices& devices, const Config& config, const Grid& grid, int rank,
+                                    int threads) {
+  if (!devices.are_gpus()) return make_cpu_device(threads);
+  const Place& place = grid.places[std::size_t(rank)];
+  CudaOptions options;
+  options.library_attention = wants_library_attention(config, place);
+  if (role_rank(grid.sizes, place) == 0)
+    options.warn = [](const std::string& message) { std::cerr << "warning: " << message << std::endl; };
+  return make_cuda_device(devices.gpus[std::size_t(rank)], options);
 }
 
 namespace {

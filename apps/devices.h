@@ -38,8 +38,14 @@ RunDevices find_devices(const Config& config, const Grid& grid, Communicator& wo
 // "device: cpu", or a table of ranks and their GPUs.
 std::string describe(const RunDevices& devices, const Grid& grid, const Communicator& world);
 
-// This rank's device; `threads`: of a CPU.
-std::unique_ptr<Device> make_device(const RunDevices& devices, int rank, int threads);
+// Whether this rank asks for the GPU library's attention (attn_implementation: sdpa): by the model of its role, or by
+// either where it plays both.
+bool wants_library_attention(const Config& config, const Place& place);
+
+// This rank's device; `threads`: of a CPU. Why the library's attention cannot be used is a warning of the first rank of
+// a role.
+std::unique_ptr<Device> make_device(const RunDevices& devices, const Config& config, const Grid& grid, int rank,
+                                    int threads);
 
 // The groups in which tensors of a device travel, made of those that work in host memory.
 void move_to_device(Groups& groups, Device& device, const RunDevices& devices);

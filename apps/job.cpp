@@ -124,7 +124,7 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   world.run_together([&] {
     if (leads) folder.emplace(config.run_dir().string(), run_folders(config), warn);
   });
-  world.run_together([&] { device = make_device(devices, world.rank(), threads); });
+  world.run_together([&] { device = make_device(devices, config, plan.grid, world.rank(), threads); });
   move_to_device(groups, *device, devices);
   const std::unique_ptr<DataSource> data = training_data(plan, place.dp_rank),
                                     validation = validation_data(plan, place.dp_rank);

@@ -141,7 +141,8 @@ struct ModelArgs {
       "Hugging Face model folder; wins over student_pretrain or teacher_pretrain");
     v("dtype", s.dtype, anything, "parameters and activations; the optimiser keeps fp32 masters");
     v("model_type", s.model_type, one_of(model_types), "what kind of model; there is one kind");
-    v("attn_implementation", s.attn_implementation, anything, "a hint");
+    v("attn_implementation", s.attn_implementation, anything,
+      "a hint for GPUs: sdpa is the attention of cuDNN where it can be used, all else is our own");
     v("disable_gradient_checkpointing", s.disable_gradient_checkpointing, anything,
       "false: activations are recomputed in the backward");
   }

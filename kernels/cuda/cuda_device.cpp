@@ -1,7 +1,5 @@
 #include "kernels/cuda/cuda_device.h"
 
-#include "kernels/backends.h"
-
 namespace distill {
 
 using namespace cuda;
@@ -22,20 +20,24 @@ std::string version(int v) { return text(v / 1000, ".", v % 1000 / 10); }
 
 }  // namespace
 
-std::unique_ptr<Device> make_cuda_device(int ordinal) { return std::make_unique<CudaDevice>(ordinal); }
+std::unique_ptr<Device> make_cuda_device(int ordinal, const CudaOptions& options) {
+  return std::make_unique<CudaDevice>(ordinal, options);
+}
 
 std::string cuda_backend_version() {
   int runtime = 0;
   cuda_check(cudaRuntimeGetVersion(&runtime));
-  return text("cuda (", version(runtime), ", ", cublas_version(), ")");
+  return text("cuda (", version(runtime), ", ", cublas_version(), ", ", cudnn_version(), ")");
 }
 
-CudaDevice::CudaDevice(int ordinal)
+CudaDevice::CudaDevice(int ordinal, const CudaOptions& options)
     : name_(select(ordinal)),
       stream_(make_stream()),
       all_done_(make_event()),
       scratch_(use_, name_),
-      product_(use_, name_) {}
+      product_(use_, name_) {
+  if (options.library_attention) library_attention_ = make_library_attention(use_, name_, stream(), options.warn);
+}
 
 // Nothing of ours may be in use when the members go.
 CudaDevice::~CudaDevice() { static_cast<void>(cudaStreamSynchronize(stream())); }

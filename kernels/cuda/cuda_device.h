@@ -5,8 +5,10 @@
 #include <string>
 
 #include "core/device.h"
+#include "kernels/backends.h"
 #include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/library_attention.h"
 
 namespace distill {
 
@@ -15,7 +17,7 @@ namespace distill {
 class CudaDevice final : public Device {
  public:
   // ordinal: among the GPUs that this process may see.
-  explicit CudaDevice(int ordinal);
+  explicit CudaDevice(int ordinal, const CudaOptions& options = {});
   ~CudaDevice() override;
 
   std::string name() const override { return name_; }
@@ -79,6 +81,7 @@ class CudaDevice final : public Device {
   cuda::Staging staging_;
   cuda::DeviceScratch scratch_;
   cuda::MatrixProduct product_;
+  std::unique_ptr<cuda::LibraryAttention> library_attention_;  // may be null
 };
 
 }  // namespace distill

@@ -4,7 +4,7 @@
 
 namespace distill {
 
-std::unique_ptr<Device> make_cuda_device(int) {
+std::unique_ptr<Device> make_cuda_device(int, const CudaOptions&) {
   fail_input("this program was built without CUDA: build it where the CUDA toolkit is installed");
 }
 

@@ -2,6 +2,7 @@
 #include "apps/devices.h"
 
 #include <catch2/catch.hpp>
+#include <utility>
 
 #include "test/support/refusal.h"
 
@@ -80,4 +81,23 @@ TEST_CASE("too few GPUs, or none, are refused with cuda and mean CPUs with auto"
   CHECK(refusal("", [&] { chosen(DeviceChoice::cuda, 2, 0); }) == "device: cuda: rank 0: no GPU is visible");
   CHECK(refusal("", [&] { chosen(DeviceChoice::cuda, 8, 3); }) ==
         "device: cuda: node 0 shows 3 GPUs to 8 ranks: expected 8, or 4 where a student and its teacher share one");
+}
+
+TEST_CASE("a rank asks for the library's attention when the model of its role does") {
+  Config config;
+  const auto wants = [&](Role role) {
+    Place place;
+    place.role = role;
+    return wants_library_attention(config, place);
+  };
+  config.student.model_args.attn_implementation = AttentionHint::fa2;
+  for (const Role role : {Role::student, Role::teacher, Role::both}) CHECK(!wants(role));
+  config.teacher.model_args.attn_implementation = AttentionHint::sdpa;
+  CHECK(!wants(Role::student));
+  CHECK(wants(Role::teacher));
+  CHECK(wants(Role::both));
+  std::swap(config.student.model_args, config.teacher.model_args);
+  CHECK(wants(Role::student));
+  CHECK(!wants(Role::teacher));
+  CHECK(wants(Role::both));
 }

@@ -1,11 +1,13 @@
-// Memory and errors of the CUDA backend, on the virtual GPU.
+// Memory, errors and options of the CUDA backend, on the virtual GPU.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cstdint>
 #include <vector>
 
 #include "kernels/backends.h"
+#include "kernels/cuda/sequence_packing.h"
 #include "test/support/backends.h"
 #include "test/support/refusal.h"
 #include "virtual_gpu/virtual_gpu.h"
@@ -90,6 +92,59 @@ TEST_CASE("a call that fails is named", "[cuda]") {
   });
   CHECK(error.code() == ExitCode::internal);
   CHECK(begins_with(error.what(), "cudaErrorInvalidValue ("));
+}
+
+TEST_CASE("sequences as cuDNN takes them are those of a plain loop", "[cuda]") {
+  const auto device = device_with(64 * mib);
+  const std::vector<std::int32_t> begins =
+      GENERATE(std::vector<std::int32_t>{0, 7}, std::vector<std::int32_t>{0, 3, 3, 300, 301});
+  const auto count = std::int64_t(begins.size()) - 1;
+  const std::int64_t sequences = count + GENERATE(0, 3, 200), wide = 1 << 28;  // offsets beyond 32 bits
+  Tensor offsets = device->tensor(1, count + 1, DType::i32);
+  device->upload(offsets.view(), begins.data());
+  cuda::PackedSequences packed{.sequences = sequences, .operands = 3, .strides = {1, 96, wide}};
+  Tensor lengths = device->tensor(1, sequences, DType::i32),
+         places = device->tensor(1, 2 * 3 * (sequences + 1), DType::i32);  // two for each
+  packed.lengths = static_cast<std::int32_t*>(lengths.view().mutable_data());
+  packed.offsets = static_cast<std::int64_t*>(places.view().mutable_data());
+  cuda::pack_sequences(packed, {offsets.view(), 0}, static_cast<cudaStream_t>(device->native_stream()));
+
+  std::vector<std::int32_t> found_lengths(std::size_t(sequences), -1), expected_lengths;
+  std::vector<std::int64_t> found(std::size_t(3 * (sequences + 1)), -1), expected;
+  device->download(found_lengths.data(), lengths.view());
+  device->download(found.data(), places.view());
+  for (std::int64_t s = 0; s < sequences; ++s)
+    expected_lengths.push_back(s < count ? begins[std::size_t(s) + 1] - begins[std::size_t(s)] : 0);
+  for (const std::int64_t stride : {std::int64_t{1}, std::int64_t{96}, wide})
+    for (std::int64_t s = 0; s <= sequences; ++s) expected.push_back(stride * begins[std::size_t(std::min(s, count))]);
+  CHECK(found_lengths == expected_lengths);
+  CHECK(found == expected);
+}
+
+TEST_CASE("without cuDNN its attention is one warning, and ours", "[cuda]") {
+  CHECK(cuda_backend_version().find(", no cuDNN)") != std::string::npos);
+  virtual_gpu::restart(virtual_gpu::options_from_environment());
+  std::vector<std::string> warnings;
+  const auto warn = [&](const std::string& message) { warnings.push_back(message); };
+  const auto device = make_cuda_device(0, {.library_attention = true, .warn = warn});
+  const std::vector<std::int32_t> begins{0, 1, 2};
+  Tensor offsets = device->tensor(1, 3, DType::i32);
+  device->upload(offsets.view(), begins.data());
+  Tensor v = device->tensor(2, 64, DType::f32), out = device->tensor(2, 64, DType::f32),
+         log_sum = device->tensor(2, 1, DType::f32);
+  std::vector<float> sent(128), found(128);
+  for (std::size_t i = 0; i < sent.size(); ++i) sent[i] = float(i);
+  device->upload(v.view(), sent.data());
+  for (int call = 0; call < 2; ++call)
+    device->attention(out.view(), log_sum.view(), v.view(), v.view(), v.view(), {offsets.view(), 1},
+                      {.q_heads = 1, .kv_heads = 1, .head_dim = 64, .scale = 1});
+  device->download(found.data(), out.view());
+  CHECK(found == sent);  // each sees only itself
+  CHECK(warnings == std::vector<std::string>{"attn_implementation: sdpa: this program was built without cuDNN; our own "
+                                             "attention is used"});
+  warnings.clear();
+  make_cuda_device(0, {.library_attention = false, .warn = warn});
+  CHECK(warnings.empty());
 }
 
 }  // namespace
