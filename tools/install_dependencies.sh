@@ -3,7 +3,7 @@
 set -eu
 packages="g++ cmake ninja-build ccache pkg-config openmpi-bin libopenmpi-dev libyaml-cpp-dev libcli11-dev libhdf5-dev catch2
 libdnnl-dev libhwy-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libxxhash-dev wordnet-base
-iproute2 util-linux $*"
+iproute2 util-linux mold $*"
 # The virtual GPU runs threads of a GPU as fibers.
 [ ! -e "${CUDA_PATH:-/usr/local/cuda}/include/cuda_runtime.h" ] || packages="$packages libboost-context-dev"
 

@@ -480,8 +480,8 @@ TEST_CASE("all wait for a checkpoint and for the export as long as they take, wh
     const auto result = Process(on_slow_disk(shop, "slow", files, "3", 4)).wait();
     INFO(result.output);
     CHECK(result.code == 0);
-    // The second save waits for the first, so both teachers for their students.
-    CHECK(occurrences(result.output, " (a free slot for chunk ") == 2);
+    // The second save waits for the first, so both teachers for their students; on a busy machine also before it.
+    CHECK(occurrences(result.output, " (a free slot for chunk ") >= 2);
     // The other student, for the export and, beside the steps, for the checkpoint.
     CHECK(occurrences(result.output, " of students and goes on waiting") == 1);
     CHECK(occurrences(result.output, " of checkpoint writers and goes on waiting") == 1);
