@@ -340,18 +340,6 @@ TEST_CASE("a second call gives the same bits", "[loss]") {
   CHECK(chunk.terms.bytes() == terms);
 }
 
-// On the virtual GPU: in another order of threads and blocks.
-TEST_CASE("a second call gives the same bits", "[loss]") {
-  Chunk chunk(3, 700, {DType::f32, DType::bf16, DType::bf16});
-  chunk.randomise(6);
-  set(chunk.spec, any_objective(), {GENERATE(0, 30), TopkMode::tail});
-  chunk.run();
-  const auto gradient = chunk.dlogits.bytes(), terms = chunk.terms.bytes();
-  chunk.run();
-  CHECK(chunk.dlogits.bytes() == gradient);
-  CHECK(chunk.terms.bytes() == terms);
-}
-
 // The numbers of m behind `lead` other columns and before a gap of one.
 Matrix moved(const Matrix& m, std::int64_t lead) {
   const ConstView from = m.view();
