@@ -449,6 +449,7 @@ MpiSession::~MpiSession() {
       all->barrier();
     }
   } catch (const std::exception& error) {
+    await_explanation();
     std::cerr << text("distill: ", name_of(me()), ": ", error.what(), "\n");
     abort_all(int(ExitCode::peer_lost));
   }
@@ -484,6 +485,7 @@ void MpiSession::watch_nodes(std::chrono::milliseconds dead_after) {
 void MpiSession::watch_ranks(std::chrono::milliseconds dead_after) {
   if (!state_->node->lives) return;
   state_->node->lives->watch_neighbours(dead_after, [this](int rank, const std::string& trouble) {
+    await_explanation();
     std::cerr << text("distill: ", name_of(me()), ": ", name_of(state_->members[std::size_t(rank)]), " ", trouble, "\n")
               << std::flush;
     abort_all(int(ExitCode::peer_lost));

@@ -274,7 +274,7 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
           "': validation.data_args.template: " + shop.path("no-template"));
   refused(
       {"student.training_args.per_device_train_batch_size=40"},
-      "run.yaml:13: student.data_args.file_name: the data has 60 usable records, fewer than one global batch of 80");
+      "run.yaml:14: student.data_args.file_name: the data has 60 usable records, fewer than one global batch of 80");
   refused({"sequence_length=4"}, ": none of the 60 records of " + shop.path("train.jsonl"));
   refused({"validation.data_args.file_name=" + shop.path("long.jsonl")},
           "none of the 1 records of " + shop.path("long.jsonl"));
@@ -290,7 +290,7 @@ TEST_CASE("what is wrong is said once, with exit code 2, and nothing is started"
             "': logging_dir: cannot write to " + folder + "/wrong: " + folder + ": " + reason + "\n");
   // What the file says is named by its line.
   fs::rename(shop.path("train.jsonl"), shop.path("train-away.jsonl"));
-  refused({}, "run.yaml:13: student.data_args.file_name: " + shop.path("train.jsonl") + ": ");
+  refused({}, "run.yaml:14: student.data_args.file_name: " + shop.path("train.jsonl") + ": ");
   fs::rename(shop.path("train-away.jsonl"), shop.path("train.jsonl"));
   for (const char* name : {".", "./", "./.", "..", "a/.."})
     refused({std::string("exp_name=") + name}, "expected a name that stays within output_dir");
