@@ -16,7 +16,8 @@ if(DISTILL_SANITIZE)
   target_compile_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE} -fno-omit-frame-pointer
                          -fno-sanitize-recover=all)
   if(DISTILL_SANITIZE MATCHES undefined)  # what AddressSanitizer sees as well, and what takes longest to compile
-    target_compile_options(distill_flags INTERFACE -fno-sanitize=null,vptr,object-size)
+    target_compile_options(distill_flags INTERFACE -fno-sanitize=null,vptr,object-size
+                           $<$<CXX_COMPILER_ID:GNU>:-fno-sanitize=alignment,pointer-overflow>)
   endif()
   target_link_options(distill_flags INTERFACE -fsanitize=${DISTILL_SANITIZE})
   target_compile_definitions(distill_flags INTERFACE "DISTILL_SKIPPED_TARGETS=HWY_AVX3")
