@@ -83,7 +83,10 @@ std::unique_ptr<Plan> CudnnAttention::make_plan(const AttentionKey& key) {
 const Plan* CudnnAttention::plan_of(const AttentionKey& key) {
   const auto known = plans_.find(key);
   if (known != plans_.end()) return known->second.get();
-  if (plans_.size() >= most_plans) plans_.clear();
+  if (plans_.size() >= most_plans) {
+    cuda_check(cudaStreamSynchronize(stream_));  // some may not have run yet
+    plans_.clear();
+  }
   return plans_.emplace(key, make_plan(key)).first->second.get();
 }
 
