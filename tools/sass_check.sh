@@ -1,16 +1,18 @@
 #!/bin/sh
 # Shows what the machine code of the hot CUDA kernels is made of, and fails when a kernel lacks what it is meant to use:
 #   tools/sass_check.sh BUILD            counts per kernel, for sm_90; 1 when something is missing
-#   tools/sass_check.sh --fetch FOLDER   puts NVIDIA's disassembler (from PyPI, 5 MB) there, where the toolkit came without
+#   tools/sass_check.sh --fetch FOLDER   puts NVIDIA's disassembler there, where the toolkit came without (from PyPI, 5 MB; python3)
 # Needs cuobjdump and nvdisasm: of the toolkit, or in BUILD/disassembler. 77 when there are none.
 set -eu
 if [ "${1-}" = --fetch ]; then
   folder=${2:?a folder}
-  pip download -q --no-deps -d "$folder" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+  python3 -m pip download -q --no-deps -d "$folder" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
   for wheel in "$folder"/*.whl; do
-    unzip -qoj "$wheel" '*/bin/*' -d "$folder"
+    python3 -m zipfile -e "$wheel" "$folder/wheel"
     rm "$wheel"
   done
+  mv "$folder"/wheel/nvidia/*/bin/* "$folder"
+  rm -r "$folder/wheel"
   chmod +x "$folder"/*
   exit
 fi
