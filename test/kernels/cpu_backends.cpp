@@ -23,9 +23,6 @@ Backend cpu(int threads) {
 }  // namespace
 
 std::vector<Backend> backends() {
-#ifdef __SANITIZE_ADDRESS__  // half a minute each; what is left out differs in nothing that AddressSanitizer sees
-  return {cpu(3), old_cpu("cpu without vectors", HWY_STATIC_TARGET)};
-#endif
   std::vector<Backend> all = {cpu(1), cpu(3), old_cpu("cpu without vectors", HWY_STATIC_TARGET)};
   hwy::SetSupportedTargetsForTest(0);
   if (hwy::SupportedTargets() & HWY_AVX2) all.push_back(old_cpu("cpu with AVX2", HWY_AVX2));
