@@ -259,43 +259,54 @@ DISTILL_HD TopkCut<S> find_topk(Team team, const LossRow<S, T>& row, int k) {
 
 // --- the outcomes that D compares: the whole vocabulary or S, and perhaps a bucket for the rest
 
+// log Σ exp of both sides over some entries, as the largest of each side and the logarithm of what is left: the largest
+// may be −1e9, which would swallow the logarithm. The difference of the logarithms has fewer roundings than they: they
+// are about 10, and a divergence may be 1e-8.
+template <class S>
+struct LogSums {
+  Maxima<S> most = {S(0), S(0)};
+  S student = 0, teacher = 0, difference = 0;  // log Σ exp(a − most a), log Σ exp(b − most b), student − teacher
+};
+template <class S>
+DISTILL_HD LogSums<S> log_sums(const Maxima<S>& most, S student, S teacher) {
+  using std::log;
+  return {most, log(student), log(teacher), log(student / teacher)};
+}
+
 template <class S, class T>
 struct Outcomes {
   CentredRow<S, T> x;
+  LogSums<S> whole = {};  // over the outcomes
   TopkCut<S> cut = {};
   bool is_cut = false, has_bucket = false;
-  S bucket_a = 0, bucket_b = 0;  // log Σ exp over the rest
-  S log_zs = 0, log_zt = 0;      // log Σ exp(a), log Σ exp(b) over the outcomes
-  // bucket_a − bucket_b and log_zs − log_zt with fewer roundings: the four are about 10, a divergence may be 1e-8.
-  S bucket_difference = 0, log_difference = 0;
+  LogSums<S> rest = {};  // over what is in the bucket
 
   DISTILL_HD bool has(const Column<S>& c) const { return !is_cut || cut.keeps(c); }
   // The bucket counts once: where column 0 is.
   DISTILL_HD bool has_bucket_here() const { return has_bucket && x.row.first == 0 && x.row.columns > 0; }
-  DISTILL_HD Outcome<S> at(S a, S b, S difference) const {
-    return {a - log_zs, b - log_zt, log_difference - difference};
+  DISTILL_HD Outcome<S> at(S a, S b) const {
+    const S student = a - whole.most.student, teacher = b - whole.most.teacher;
+    return {student - whole.student, teacher - whole.teacher, whole.difference - (student - teacher)};
+  }
+  // With a bucket the outcomes are all of the vocabulary, and the largest of it is 0.
+  DISTILL_HD S bucket_a() const { return rest.most.student + rest.student; }
+  DISTILL_HD S bucket_b() const { return rest.most.teacher + rest.teacher; }
+  DISTILL_HD Outcome<S> bucket() const {
+    return {bucket_a() - whole.student, bucket_b() - whole.teacher,
+            whole.difference - ((rest.most.student - rest.most.teacher) + rest.difference)};
   }
 };
 
-// body(a, b, a − b) for this lane's outcomes; the bucket comes after the columns.
+// body(b, outcome) for this lane's outcomes; the bucket comes after the columns.
 template <class Team, class S, class T, class Body>
 DISTILL_HD void for_outcomes(Team team, const Outcomes<S, T>& outcomes, Body&& body) {
   for_columns(team, outcomes.x.row, [&](const Column<S>& c) {
     if (!outcomes.has(c)) return;
-    const S a = outcomes.x.a(c), b = outcomes.x.b(c);
-    body(a, b, a - b);
+    const S b = outcomes.x.b(c);
+    body(b, outcomes.at(outcomes.x.a(c), b));
   });
-  if (team.lane() == 0 && outcomes.has_bucket_here())
-    body(outcomes.bucket_a, outcomes.bucket_b, outcomes.bucket_difference);
+  if (team.lane() == 0 && outcomes.has_bucket_here()) body(outcomes.bucket_b(), outcomes.bucket());
 }
-
-// log Σ exp of both sides over the entries that are kept (or, for the bucket, those that are not): two more small
-// passes.
-template <class S>
-struct LogSums {
-  S student = 0, teacher = 0, kept_mass = 0;  // kept_mass: Σ exp(b) of the kept
-  S difference = 0;                           // student − teacher, with fewer roundings
-};
 
 // The largest a and b of those entries; the lowest number when there are none.
 template <class Team, class S, class T>
@@ -328,17 +339,18 @@ DISTILL_HD CutSums<S> cut_sums(Team team, const CentredRow<S, T>& x, const TopkC
   return {team.sum(student.value()), team.sum(teacher.value())};
 }
 
-template <class S>
-DISTILL_HD LogSums<S> log_sums(const Maxima<S>& most, const CutSums<S>& sums) {
-  using std::exp, std::log;
-  return {most.student + log(sums.student), most.teacher + log(sums.teacher), exp(most.teacher) * sums.teacher,
-          (most.student - most.teacher) + log(sums.student / sums.teacher)};
-}
-
 template <class Team, class S, class T>
 DISTILL_HD LogSums<S> cut_log_sums(Team team, const CentredRow<S, T>& x, const TopkCut<S>& cut, bool kept) {
   const Maxima<S> most = cut_maxima(team, x, cut, kept);
-  return log_sums(most, cut_sums(team, x, cut, kept, most));
+  const CutSums<S> sums = cut_sums(team, x, cut, kept, most);
+  return log_sums(most, sums.student, sums.teacher);
+}
+
+// The teacher's share of these entries.
+template <class S>
+DISTILL_HD S mass(const LogSums<S>& kept, const SoftmaxSums<S>& sums) {
+  using std::exp;
+  return exp(kept.most.teacher) * exp(kept.teacher) / sums.teacher;
 }
 
 // --- what a divergence must know of the position before its sums: only adaptive_kl does
@@ -355,8 +367,7 @@ struct TeacherMass {
   DISTILL_HD static OrderedBits<S> key(S b) { return ordered_bits(-b); }
   template <class Team, class Visit>
   DISTILL_HD void each(Team team, Visit&& visit) const {
-    using std::exp;
-    for_outcomes(team, outcomes, [&](S, S b, S) { visit(key(b), exp(b - outcomes.log_zt)); });
+    for_outcomes(team, outcomes, [&](S b, const Outcome<S>& y) { visit(key(b), y.q); });
   }
 };
 
@@ -369,8 +380,7 @@ struct HeadTailSums {
 template <class Team, class S, class T>
 DISTILL_HD HeadTailSums<S> head_tail_sums(Team team, const Outcomes<S, T>& outcomes, OrderedBits<S> head_key) {
   LongSum<S> head, tail;
-  for_outcomes(team, outcomes, [&](S a, S b, S difference) {
-    const Outcome<S> y = outcomes.at(a, b, difference);
+  for_outcomes(team, outcomes, [&](S b, const Outcome<S>& y) {
     const S gap = y.q > y.p ? y.q - y.p : y.p - y.q;
     if (TeacherMass<S, T>::key(b) > head_key)  // not a choice of references, which would keep the sums in memory
       tail.add(gap);
@@ -405,8 +415,7 @@ struct DivergenceSums {
 template <class Team, class S, class T, class Divergence>
 DISTILL_HD DivergenceSums<S> divergence_sums(Team team, const Outcomes<S, T>& outcomes, const Divergence& divergence) {
   LongSum<S> value, slope;
-  for_outcomes(team, outcomes, [&](S a, S b, S difference) {
-    const Outcome<S> y = outcomes.at(a, b, difference);
+  for_outcomes(team, outcomes, [&](S, const Outcome<S>& y) {
     value.add(divergence.value(y));
     slope.add(divergence.slope(y));
   });
@@ -449,17 +458,16 @@ DISTILL_HD void row_gradient(Team team, G* dlogits, const Outcomes<S, T>& outcom
   const S ce_weight = scale * (S(1) - S(spec.distill_weight)), weight = scale * S(spec.distill_weight) * x.inverse_t;
   S rest = 0;  // of an entry in the bucket: gradient over exp(a)
   if (outcomes.has_bucket) {
-    const Outcome<S> bucket = outcomes.at(outcomes.bucket_a, outcomes.bucket_b, outcomes.bucket_difference);
+    const Outcome<S> bucket = outcomes.bucket();
     rest = divergence.slope(bucket) - bucket.p * slope_sum;
   }
   write_gradient(team, dlogits, x.row, [&](const Column<S>& c) {
     S g = 0;
     if (outcomes.has(c)) {
-      const S a = x.a(c), b = x.b(c);
-      const Outcome<S> y = outcomes.at(a, b, a - b);
+      const Outcome<S> y = outcomes.at(x.a(c), x.b(c));
       g = divergence.slope(y) - y.p * slope_sum;
     } else if (outcomes.has_bucket) {
-      g = rest * exp(x.a(c) - outcomes.bucket_a);
+      g = rest * exp((x.a(c) - outcomes.rest.most.student) - outcomes.rest.student);
     }
     return weight * g + cross_entropy_gradient(x, log_plain, ce_weight, c);
   });
@@ -483,25 +491,17 @@ DISTILL_HD void distill_row(Team team, G* dlogits, S* terms, const LossRow<S, T>
     const S log_zt = log(sums.teacher);
     teacher_entropy = log_zt - sums.teacher_dot / sums.teacher;
     Outcomes<S, T> outcomes{x};
-    outcomes.log_zs = log_zs;
-    outcomes.log_zt = log_zt;
-    outcomes.log_difference = log(sums.student / sums.teacher);
+    outcomes.whole = log_sums({S(0), S(0)}, sums.student, sums.teacher);
     if (spec.topk > 0 && spec.topk < spec.vocabulary) {
       outcomes.is_cut = true;
       outcomes.cut = find_topk(team, row, spec.topk);
       const LogSums<S> kept = cut_log_sums(team, x, outcomes.cut, true);
-      topk_mass = kept.kept_mass / sums.teacher;
-      if (spec.topk_mode == TopkMode::renormalize) {
-        outcomes.log_zs = kept.student;
-        outcomes.log_zt = kept.teacher;
-        outcomes.log_difference = kept.difference;
-      } else {
-        const LogSums<S> rest = cut_log_sums(team, x, outcomes.cut, false);
-        outcomes.has_bucket = true;
-        outcomes.bucket_a = rest.student;
-        outcomes.bucket_b = rest.teacher;
-        outcomes.bucket_difference = rest.difference;
-      }
+      topk_mass = mass(kept, sums);
+      outcomes.has_bucket = spec.topk_mode == TopkMode::tail;
+      if (outcomes.has_bucket)
+        outcomes.rest = cut_log_sums(team, x, outcomes.cut, false);
+      else
+        outcomes.whole = kept;
     }
     const Divergence d = settled(team, outcomes, divergence);
     const DivergenceSums<S> total = divergence_sums(team, outcomes, d);

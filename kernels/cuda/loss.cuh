@@ -51,25 +51,17 @@ struct LossArguments {
   }
   __device__ bool has_bucket() const { return is_cut(spec) && spec.topk_mode == TopkMode::tail; }
   __device__ Outcomes<S, T> outcomes(std::int64_t r) const {
-    using std::log;
     const Position<S>& p = positions[r];
     Outcomes<S, T> x{CentredRow<S, T>(row(r), p.most, spec)};
-    x.log_zs = log(p.sums.student);
-    x.log_zt = log(p.sums.teacher);
-    x.log_difference = log(p.sums.student / p.sums.teacher);
+    x.whole = log_sums({S(0), S(0)}, p.sums.student, p.sums.teacher);
     if (!is_cut(spec)) return x;
     x.is_cut = true;
     x.cut = {p.topk.key, ~p.tie.key};
-    if (has_bucket()) {
-      x.has_bucket = true;
-      x.bucket_a = p.rest.student;
-      x.bucket_b = p.rest.teacher;
-      x.bucket_difference = p.rest.difference;
-    } else {
-      x.log_zs = p.kept.student;
-      x.log_zt = p.kept.teacher;
-      x.log_difference = p.kept.difference;
-    }
+    x.has_bucket = has_bucket();
+    if (x.has_bucket)
+      x.rest = p.rest;
+    else
+      x.whole = p.kept;
     return x;
   }
   DISTILL_HD static bool is_cut(const LossSpec& s) { return s.topk > 0 && s.topk < s.vocabulary; }
@@ -178,7 +170,7 @@ struct CutSumsPass {
   }
   template <class S>
   __device__ void absorb(Position<S>& p, const S* from) const {
-    (kept ? p.kept : p.rest) = log_sums(p.cut_most, CutSums<S>{from[0], from[1]});
+    (kept ? p.kept : p.rest) = log_sums(p.cut_most, from[0], from[1]);
   }
 };
 
@@ -315,7 +307,7 @@ __global__ void terms_kernel(LossArguments<S, T> call, std::int64_t rows) {
   terms[LossTerms::student_entropy] = log_zs - p.sums.student_dot / p.sums.student;
   terms[LossTerms::teacher_entropy] = teacher_entropy;
   terms[LossTerms::top1_agreement] = p.sums.agreements > S(0) ? S(1) : S(0);
-  terms[LossTerms::topk_mass] = has_teacher && call.is_cut(call.spec) ? p.kept.kept_mass / p.sums.teacher : S(1);
+  terms[LossTerms::topk_mass] = has_teacher && call.is_cut(call.spec) ? mass(p.kept, p.sums) : S(1);
 }
 
 // --- the sequence

@@ -95,6 +95,12 @@ struct Chunk {
       labels[std::size_t(r)] = std::int32_t(random() % std::uint64_t(spec.vocabulary));
     }
   }
+  // To multiples of step, so that there are ties.
+  void round_teacher(double step) {
+    for (std::int64_t r = 0; r < teacher.view().rows; ++r)
+      for (std::int64_t c = 0; c < teacher.view().cols; ++c)
+        teacher.set(r, c, std::round(teacher.get(r, c) / step) * step);
+  }
   void set(std::int64_t r, const Numbers& s, const Numbers& t) {
     for (std::size_t c = 0; c < s.size(); ++c) {
       student.set(r, std::int64_t(c), s[c]);
