@@ -1,4 +1,4 @@
-// The loss of the CUDA backend on the virtual GPU: operands go to the device and back.
+// The loss of the CUDA backend, on the virtual GPU or a real one: operands go to the device and back.
 #include <cstddef>
 #include <cstring>
 #include <memory>
