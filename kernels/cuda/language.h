@@ -141,12 +141,8 @@ T* dynamic_shared() {
 template <class T>
 void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], T,
                   ::virtual_gpu::Site site = {}) {
-  const auto number = [](std::uint32_t pair, int upper) {
-    T x;
-    x.bits = static_cast<std::uint16_t>(pair >> (16 * upper));
-    return static_cast<float>(x);
-  };
-  ::virtual_gpu::mma_m16n8k16(d, a, b, number, site);
+  constexpr auto format = std::is_same_v<T, bf16> ? ::virtual_gpu::Half::bf16 : ::virtual_gpu::Half::f16;
+  ::virtual_gpu::mma_m16n8k16(d, a, b, format, site);
 }
 using ::virtual_gpu::copy_async_16;
 using ::virtual_gpu::copy_async_commit;

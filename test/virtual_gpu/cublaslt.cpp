@@ -174,6 +174,20 @@ std::vector<Acc> packed(const char* matrix, const Layout& l, bool transposed) {
   return all;
 }
 
+// sums[m] += a[m, k] b[k], a column by column, in the order of k.
+template <class Acc>
+__attribute__((target_clones("avx512f", "avx2", "default"))) void add_product(Acc* sums, const Acc* a, const Acc* b,
+                                                                              std::int64_t m, std::int64_t k) {
+  std::int64_t p = 0;
+  for (; p + 4 <= k; p += 4) {
+    const Acc *a0 = a + p * m, *a1 = a0 + m, *a2 = a1 + m, *a3 = a2 + m;
+    for (std::int64_t row = 0; row < m; ++row)
+      sums[row] = sums[row] + a0[row] * b[p] + a1[row] * b[p + 1] + a2[row] * b[p + 2] + a3[row] * b[p + 3];
+  }
+  for (; p < k; ++p)
+    for (std::int64_t row = 0; row < m; ++row) sums[row] += a[p * m + row] * b[p];
+}
+
 template <class Acc>
 void multiply(const Operands& o) {
   const std::vector<Acc> a = packed<Acc>(o.a, o.a_layout, o.product.a_op != CUBLAS_OP_N);
@@ -183,14 +197,9 @@ void multiply(const Operands& o) {
   std::vector<Acc> sums(static_cast<std::size_t>(m));
   for (std::int64_t col = 0; col < n; ++col) {
     std::fill(sums.begin(), sums.end(), Acc(0));
-    Acc* sum = sums.data();
-    for (std::int64_t p = 0; p < k; ++p) {
-      const Acc factor = b[static_cast<std::size_t>(col * k + p)];
-      const Acc* column = a.data() + p * m;
-      for (std::int64_t row = 0; row < m; ++row) sum[row] += column[row] * factor;
-    }
+    add_product(sums.data(), a.data(), b.data() + col * k, m, k);
     for (std::int64_t row = 0; row < m; ++row) {
-      Acc x = static_cast<Acc>(o.alpha) * sum[row];
+      Acc x = static_cast<Acc>(o.alpha) * sums[static_cast<std::size_t>(row)];
       if (o.beta != 0) x += static_cast<Acc>(o.beta) * load<Acc>(o.c, o.c_layout.type, col * o.c_layout.stride + row);
       if (o.product.bias != nullptr) x += load<Acc>(static_cast<const char*>(o.product.bias), o.d_layout.type, row);
       store(o.d, o.d_layout.type, col * o.d_layout.stride + row, x);

@@ -85,6 +85,11 @@ __attribute__((no_sanitize("thread"))) inline void store_raw(void* address, std:
   __builtin_memcpy(address, &word, bytes);
 }
 
+// Fragments as kernels/cuda/language.h describes them: d[4], a[4], b[2]; matrices of r.
+enum class Half { bf16, f16 };
+void mma_m16n8k16(float* d, const std::uint32_t* a, const std::uint32_t* b, Half format, Site site);
+void ldmatrix(std::uint32_t* r, int matrices, bool transposed, const void* row, Site site);
+
 // Copies that arrive when the thread waits for them.
 void copy_async_16(void* shared, const void* global, bool valid = true, Site site = {});
 void copy_async_commit();
@@ -169,42 +174,10 @@ T atomic_change(T* address, Change change) {
   return old;
 }
 
-// Fragments as kernels/cuda/language.h describes them; number(pair, half) is the float of half a register.
-template <class Number>
-void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], Number number, Site site) {
-  const std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  const Left* left = warp_meet(0xffffffffu, "mma", mine, sizeof mine, Orders::nothing, site);
-  const int g = lane / 4, i = lane % 4;
-  for (int output = 0; output < 4; ++output) {
-    const int below = output / 2, column = 2 * i + output % 2;
-    float sum = 0;
-    for (int k = 0; k < 16; ++k) {
-      const int holder = k % 8 / 2, right = k / 8;
-      const auto row = from_bytes<std::uint32_t>(left[4 * g + holder].bytes + 4 * (2 * right + below));
-      const auto col = from_bytes<std::uint32_t>(left[4 * column + holder].bytes + 4 * (4 + right));
-      sum += number(row, k % 2) * number(col, k % 2);
-    }
-    d[output] += sum;
-  }
-}
-
-template <bool transposed, int n>
-void ldmatrix(std::uint32_t (&r)[n], const void* row, Site site) {
-  const Left* left = warp_meet(0xffffffffu, "ldmatrix", &row, sizeof row, Orders::nothing, site);
-  const int g = lane / 4, i = lane % 4;
-  for (int m = 0; m < n; ++m) {
-    std::uint16_t pair[2];
-    for (int half = 0; half < 2; ++half) {
-      const int r_index = transposed ? 2 * i + half : g, c_index = transposed ? g : 2 * i + half;
-      pair[half] = from_bytes<const std::uint16_t*>(left[8 * m + r_index].bytes)[c_index];
-    }
-    r[m] = pair[0] | std::uint32_t{pair[1]} << 16;
-  }
-}
-inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site s = {}) { ldmatrix<false>(r, row, s); }
-inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site s = {}) { ldmatrix<true>(r, row, s); }
-inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* row, Site s = {}) { ldmatrix<false>(r, row, s); }
-inline void ldmatrix_x2_transposed(std::uint32_t (&r)[2], const void* row, Site s = {}) { ldmatrix<true>(r, row, s); }
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site s = {}) { ldmatrix(r, 4, false, row, s); }
+inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site s = {}) { ldmatrix(r, 4, true, row, s); }
+inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* row, Site s = {}) { ldmatrix(r, 2, false, row, s); }
+inline void ldmatrix_x2_transposed(std::uint32_t (&r)[2], const void* row, Site s = {}) { ldmatrix(r, 2, true, row, s); }
 
 }  // namespace virtual_gpu
 

@@ -72,6 +72,19 @@ __global__ void last_block_adds(float* total, float* parts, unsigned* finished) 
   *total = sum;
 }
 
+// Four floats at a time, from x[first] on: 16 bytes must lie at a multiple of 16.
+__global__ void copy_four(float* y, const float* x, int first) {
+  *reinterpret_cast<uint4*>(y) = *reinterpret_cast<const uint4*>(x + first);
+}
+__global__ void load_matrix(std::uint32_t* y, int first) {
+  SHARED_ARRAY(std::uint16_t, tile, 8 * 8 * 2 + 8);
+  for (int i = static_cast<int>(threadIdx.x); i < 8 * 8 * 2 + 8; i += 32) tile[i] = static_cast<std::uint16_t>(i);
+  __syncthreads();
+  std::uint32_t r[2];
+  ldmatrix_x2(r, &tile[first + 8 * (threadIdx.x % 16)]);
+  y[threadIdx.x] = r[0] + r[1];
+}
+
 __global__ void barrier_for_some(float* x) {
   if (threadIdx.x < 10) return;
   __syncthreads();
@@ -309,6 +322,35 @@ TEST_CASE("planted: a mask names lanes that have left or a source outside the ma
   launch(shuffle_from_outside, Grid(1, 32), nullptr, x);
   CHECK(cudaDeviceSynchronize() == cudaErrorLaunchFailure);
   CHECK_THAT(taken("bad mask"), Catch::Contains("lane 20"));
+}
+
+TEST_CASE("planted: 16 bytes at an address that is no multiple of 16", "[hooks]") {
+  const int first = GENERATE(0, 4, 1, 2);
+  const Fresh fresh;
+  float* x = on_device(std::vector<float>{0, 1, 2, 3, 4, 5, 6, 7});
+  float* y = on_device(std::vector<float>(4));
+  launch(copy_four, Grid(1, 1), nullptr, y, x, first);
+  if (first % 4 == 0) {
+    CHECK(from_device(y, 4)[3] == static_cast<float>(first + 3));
+    CHECK((cudaFree(x) == cudaSuccess && cudaFree(y) == cudaSuccess));
+  } else {
+    CHECK(cudaDeviceSynchronize() == cudaErrorMisalignedAddress);
+    CHECK_THAT(taken("misaligned address"), Catch::Contains("planted_test.cpp"));
+  }
+}
+
+TEST_CASE("planted: a row of ldmatrix at an address that is no multiple of 16") {
+  const int first = GENERATE(0, 8, 2);
+  const Fresh fresh;
+  std::uint32_t* y = on_device(std::vector<std::uint32_t>(32));
+  launch(load_matrix, Grid(1, 32), nullptr, y, first);
+  if (first % 8 == 0) {
+    CHECK(from_device(y, 1)[0] == static_cast<std::uint32_t>(2 * first + 64 + ((2 * first + 66) << 16)));
+    CHECK(cudaFree(y) == cudaSuccess);
+  } else {
+    CHECK(cudaDeviceSynchronize() == cudaErrorMisalignedAddress);
+    CHECK_THAT(taken("misaligned address"), Catch::Contains("planted_test.cpp"));
+  }
 }
 
 TEST_CASE("planted: an asynchronous copy that nobody waits for") {

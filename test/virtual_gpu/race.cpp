@@ -1,4 +1,4 @@
-// The race and bounds check. -fsanitize=thread makes the compiler call __tsan_read4(address) and the like before each
+// The check of races, bounds and alignment. -fsanitize=thread makes the compiler call __tsan_read4(address) and the like before each
 // access in .cu files; the real ThreadSanitizer is not linked, the calls end here. For every two bytes that threads
 // share there is a record of who wrote and read them.
 //   Shared memory: two threads touch the same bytes, one of them writes, and no barrier of the block (or __syncwarp,
@@ -213,6 +213,7 @@ void note_atomic(const void* address, std::size_t bytes) {
 
 // --- the hooks
 
+
 #define ACCESS(address, bytes, write) \
   if (virtual_gpu::races_looking) virtual_gpu::observed(address, bytes, write, __builtin_return_address(0))
 #define HOOKS(n)                                                  \
@@ -222,12 +223,28 @@ void note_atomic(const void* address, std::size_t bytes) {
   void __tsan_unaligned_write##n(void* p) { ACCESS(p, n, true); } \
   void __tsan_volatile_read##n(void* p) { ACCESS(p, n, false); }  \
   void __tsan_volatile_write##n(void* p) { ACCESS(p, n, true); }
+// What gcc hands to the hook of -fsanitize=alignment, whose runtime library is not linked either.
+struct Misalignment {
+  const char* file;
+  std::uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
 extern "C" {
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
+void __ubsan_handle_type_mismatch_v1_abort(const Misalignment* what, std::uintptr_t address) {
+  const virtual_gpu::Unobserved unobserved;
+  const std::string text = virtual_gpu::join("an access to ", 1 << what->log_alignment, " aligned bytes at an address ",
+                                             address % (1u << what->log_alignment), " beyond, at ", what->file, ":",
+                                             what->line);
+  if (virtual_gpu::inside_kernel()) virtual_gpu::fault("misaligned address", text);
+  std::fprintf(stderr, "%s\n", text.c_str());
+  std::abort();
+}
 void __tsan_read_range(void* p, std::size_t bytes) { ACCESS(p, bytes, false); }
 void __tsan_write_range(void* p, std::size_t bytes) { ACCESS(p, bytes, true); }
 
