@@ -124,17 +124,22 @@ bool CudnnAttention::run(const AttentionCall& call, const AttentionOperands& ope
   return true;
 }
 
-// Throws Error with the reason where the installed library or the GPU cannot be used.
-Library start_library() {
+// Why the installed library or the GPU cannot be used; empty where they can.
+std::string problem_here() {
   constexpr std::size_t oldest = 91801;
   const std::size_t installed = cudnnGetVersion();
-  check(installed >= oldest, "cuDNN ", version(installed), " is installed, expected at least ", version(oldest));
+  if (installed < oldest)
+    return text("cuDNN ", version(installed), " is installed, expected at least ", version(oldest));
   int gpu = 0, major = 0;
   cuda_check(cudaGetDevice(&gpu));
   cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu));
   // Elsewhere its backward wants log_sum filled up to the longest sequence, in another order than ours.
-  check(major == 9 || major == 10,
-        "cuDNN's attention of packed sequences is for GPUs of compute capability 9 and 10, this one has ", major);
+  if (major != 9 && major != 10)
+    return text("cuDNN's attention of packed sequences is for GPUs of compute capability 9 and 10, this one has ", major);
+  return "";
+}
+
+Library start_library() {
   cudnnHandle_t library{};
   check_cudnn(cudnnCreate(&library), "start");
   return Library(library);
@@ -144,14 +149,17 @@ Library start_library() {
 
 std::unique_ptr<LibraryAttention> make_library_attention(std::shared_ptr<MemoryUse> use, const std::string& device,
                                                          cudaStream_t stream, const Warn& warn) {
+  std::string problem = problem_here();
   try {
-    return std::make_unique<CudnnAttention>(std::move(use), device, start_library(), stream, warn);
+    if (problem.empty())
+      return std::make_unique<CudnnAttention>(std::move(use), device, start_library(), stream, warn);
   } catch (const Error& error) {
-    warn(text("attn_implementation: sdpa: ", error.what(), "; our own attention is used"));
-    return nullptr;
+    problem = error.what();
   }
+  warn(text("attn_implementation: sdpa: ", problem, "; our own attention is used"));
+  return nullptr;
 }
 
-std::string cudnn_version() { return text("cuDNN ", version(CUDNN_VERSION)); }
+std::string cudnn_version() { return text("cuDNN ", version(cudnnGetVersion())); }
 
 }  // namespace distill::cuda
