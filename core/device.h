@@ -9,9 +9,11 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/distill/loss_spec.h"
@@ -84,6 +86,14 @@ class Device {
   virtual void upload(View to, const void* host) = 0;            // host memory is contiguous
   virtual void download(void* host, const ConstView& from) = 0;  // returns when the data is there
   virtual void synchronize() = 0;                                // returns when all work so far is done
+
+  // While the host waits for this device, which may wait for other ranks, it asks what was added a few times a second;
+  // what that throws ends the wait. `waited` is the time of this wait. A backend that never waits asks nobody.
+  using Watch = std::function<void(std::chrono::milliseconds waited)>;
+  void add_watch(const void* owner, Watch watch) { watches_.emplace_back(owner, std::move(watch)); }
+  void remove_watch(const void* owner) {
+    std::erase_if(watches_, [owner](const auto& one) { return one.first == owner; });
+  }
 
   // --- elementwise and moves
   // ------------------------------------------------------------------------------------------
@@ -164,6 +174,12 @@ class Device {
   const std::map<std::string, OpTime, std::less<>>& op_times() const { return op_times_; }
   void reset_op_times() { op_times_.clear(); }
 
+ protected:
+  bool is_watched() const { return !watches_.empty(); }
+  void ask_watches(std::chrono::milliseconds waited) const {
+    for (const auto& [_, watch] : watches_) watch(waited);
+  }
+
  private:
   // The timing zone of one public call.
   class Zone {
@@ -217,6 +233,7 @@ class Device {
   virtual void do_adamw(View param, View master, View m, View v, const ConstView& grad, const AdamWStep& step) = 0;
 
   std::map<std::string, OpTime, std::less<>> op_times_;
+  std::vector<std::pair<const void*, Watch>> watches_;  // with their owners
 };
 
 // Planned memory: one allocation, views handed out in order. Sized once, never grows.

@@ -1,12 +1,18 @@
 // Groups of ranks with a GPU each, over NCCL. What a call begins waits on a stream of its own for the device's work so
 // far; waiting for it makes the device's stream wait. The host is blocked by neither. Each direction between two ranks
 // has a communicator of its own, so that what is received never waits behind what is sent; all are connected when the
-// group is made, because the first message of a communicator blocks the host until the other side comes, too.
+// group is made (NCCL_RUNTIME_CONNECT=0, and a greeting), because what connects first blocks the host until the other
+// side comes, too.
+//
+// Nothing is begun that waits for work which this rank has not yet put on its stream: loading a kernel at its first
+// launch, or allocating memory, may wait for all that the GPU has to do, and so for ever.
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <iostream>
 #include <map>
 #include <utility>
 #include <vector>
@@ -58,9 +64,12 @@ class Way {
   Way(Way&& other) noexcept
       : comm_(std::exchange(other.comm_, nullptr)), stream_(std::exchange(other.stream_, nullptr)) {}
   ~Way() {
-    // An error that passes may be the end of the other ranks, for which ncclCommDestroy would wait.
-    if (comm_) std::uncaught_exceptions() > exceptions_at_start_ ? ncclCommAbort(comm_) : ncclCommDestroy(comm_);
+    if (comm_) ncclCommDestroy(comm_);
     if (stream_) cudaStreamDestroy(stream_);
+  }
+  // Ends what is under way, for which ncclCommDestroy would wait.
+  void abort() {
+    if (comm_) ncclCommAbort(std::exchange(comm_, nullptr));
   }
   ncclComm_t comm() const { return comm_; }
   cudaStream_t stream() const { return stream_; }
@@ -68,10 +77,10 @@ class Way {
  private:
   ncclComm_t comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
-  int exceptions_at_start_ = std::uncaught_exceptions();
 };
 
 std::string new_id() {
+  setenv("NCCL_RUNTIME_CONNECT", "0", 0);  // connect when a communicator is made, for every kind of operation
   ncclUniqueId id{};
   check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId");
   return {reinterpret_cast<const char*>(&id), sizeof id};
@@ -86,6 +95,7 @@ class NcclGroup final : public GroupOnDevice {
       : GroupOnDevice(device, std::move(host_group)),
         compute_(static_cast<cudaStream_t>(device.native_stream())),
         traffic_(traffic) {
+    device.add_watch(this, [this](std::chrono::milliseconds waited) { look(waited); });
     if (traffic == GpuTraffic::collectives) {
       const std::string id = host().broadcast(rank() == 0 ? new_id() : "", 0);
       collectives_.emplace_back(id, rank(), size());
@@ -95,8 +105,13 @@ class NcclGroup final : public GroupOnDevice {
     greet();
   }
   ~NcclGroup() override {
-    static_cast<void>(cudaStreamSynchronize(compute_));
-  }  // it may still wait for events of this group
+    device().remove_watch(this);
+    // An error that passes may be the end of the other ranks: what waits for them is given up.
+    if (std::uncaught_exceptions() > exceptions_at_start_)
+      for_all_ways([](Way& way) { way.abort(); });
+    else
+      static_cast<void>(cudaStreamSynchronize(compute_));  // it may still wait for events of this group
+  }
 
  private:
   // What was begun, done when its event is.
@@ -167,19 +182,42 @@ class NcclGroup final : public GroupOnDevice {
     return std::make_unique<Begun>(*this, std::move(mark));
   }
 
+  template <class Use>
+  void for_all_ways(const Use& use) {
+    for (Way& way : collectives_) use(way);
+    for (auto* ways : {&to_, &from_})
+      for (auto& [_, way] : *ways) use(way);
+  }
+
   // NCCL says here, and not where an operation was begun, that another rank is gone.
-  void check_alive() const {
-    const auto check_way = [&](const Way& way) {
+  void check_alive() {
+    for_all_ways([&](const Way& way) {
       ncclResult_t error = ncclSuccess;
       check_nccl(ncclCommGetAsyncError(way.comm(), &error), "ncclCommGetAsyncError");
       if (error == ncclSuccess || error == ncclInProgress) return;
       const std::string problem = text(name(), ": NCCL: ", ncclGetErrorString(error));
       if (error == ncclRemoteError) throw Error(ExitCode::peer_lost, problem);
       fail(problem);
-    };
-    for (const Way& way : collectives_) check_way(way);
-    for (const auto* ways : {&to_, &from_})
-      for (const auto& [_, way] : *ways) check_way(way);
+    });
+  }
+
+  // The host has waited this long for its GPU, perhaps for an operation of this group.
+  void look(std::chrono::milliseconds waited) {
+    check_alive();
+    bool is_under_way = false;
+    for_all_ways([&](const Way& way) { is_under_way |= cudaStreamQuery(way.stream()) == cudaErrorNotReady; });
+    cudaGetLastError();  // not ready is no error
+    if (!is_under_way) return;
+    const std::string who = text(name_of(members()[std::size_t(rank())]), " has waited ",
+                                 double(waited.count()) / 1000, " s on its GPU for the other ranks of ", name());
+    if (waited >= patience().peer_timeout)
+      throw Error(ExitCode::peer_lost, who + ": they live but give nothing (peer_timeout)");
+    if (waited < patience().stall_report) {
+      is_stall_reported_ = false;
+    } else if (!std::exchange(is_stall_reported_, true)) {
+      const std::string line = who + " and goes on waiting";
+      patience().report ? patience().report(line) : static_cast<void>(std::cerr << line + "\n" << std::flush);
+    }
   }
 
   const Way& collective_way() const {
@@ -238,6 +276,8 @@ class NcclGroup final : public GroupOnDevice {
   std::vector<Way> collectives_;  // one, or none
   std::map<int, Way> to_, from_;  // by the other rank
   Events free_events_;
+  bool is_stall_reported_ = false;  // of the present wait
+  int exceptions_at_start_ = std::uncaught_exceptions();
 };
 
 }  // namespace

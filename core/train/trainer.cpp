@@ -207,10 +207,7 @@ void Trainer::run_step(std::int64_t step, StepResult& result) {
   const double count = double(std::max<std::int64_t>(result.batch.global_supervised, 1));
   const std::vector<MicroBatch>& micro = result.batch.micro;
   const std::int64_t moved = teacher_ ? teacher_->bytes_moved() : 0;
-  if (!micro.empty()) {
-    links_.expect_input(student_.stage_input(std::int64_t(micro[0].tokens.size()), 0));
-    links_.expect_gradient(student_.output_gradient(std::int64_t(micro[0].tokens.size())));
-  }
+  if (!micro.empty()) links_.expect_input(student_.stage_input(std::int64_t(micro[0].tokens.size()), 0));
   for (const PipelineTask& task : one_f_one_b(links_.stages(), links_.stage(), int(micro.size()))) {
     if (task.kind == PipelineTask::Kind::forward)
       forward(task.micro, loss_scale_.value() / count, result);
@@ -271,6 +268,11 @@ void Trainer::forward(int m, double scale, StepResult& result) {
 void Trainer::backward(int m, StepResult& result) {
   const std::vector<MicroBatch>& all = result.batch.micro;
   const bool is_last = m + 1 == int(all.size());
+  const auto expect_gradient = [&](int of) {
+    links_.expect_gradient(student_.output_gradient(std::int64_t(all[std::size_t(of)].tokens.size())));
+  };
+  // The first only now: a stage may expect nothing that depends on work it has not begun (parallel/nccl_group.cpp).
+  if (m == 0) expect_gradient(0);
   in_pipeline(result.times, [&] { links_.receive_gradient(); });
   View dinput;
   {
@@ -280,7 +282,7 @@ void Trainer::backward(int m, StepResult& result) {
                                is_last ? Transformer::BucketReady(ready) : nullptr);
   }
   in_pipeline(result.times, [&] { links_.send_gradient(dinput, 1); });
-  if (!is_last) links_.expect_gradient(student_.output_gradient(std::int64_t(all[std::size_t(m) + 1].tokens.size())));
+  if (!is_last) expect_gradient(m + 1);
 }
 
 void Trainer::sum_over_last_stages(std::span<double> values) {

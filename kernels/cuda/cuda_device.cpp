@@ -1,5 +1,9 @@
 #include "kernels/cuda/cuda_device.h"
 
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
 namespace distill {
 
 using namespace cuda;
@@ -49,13 +53,34 @@ void CudaDevice::upload(View to, const void* host) {
 
 void CudaDevice::download(void* host, const ConstView& from) {
   check(from.contiguous(), "download of a strided view");
+  if (is_watched()) synchronize();  // what it would wait for otherwise, and with nobody asked
   staging_.download(host, from.data, std::size_t(from.size()) * size_of(from.dtype), stream());
 }
 
 // Through an event, because waiting for it sleeps.
 void CudaDevice::synchronize() {
   cuda_check(cudaEventRecord(all_done_.get(), stream()));
+  if (is_watched()) wait_watched();
   cuda_check(cudaEventSynchronize(all_done_.get()));
+}
+
+// Until all_done_. Time in which this process itself did not run (stopped, suspended) does not count.
+void CudaDevice::wait_watched() {
+  using namespace std::chrono;
+  constexpr auto shortest_nap = 10us, longest_nap = 200us;
+  steady_clock::duration waited{0}, next_look = 100ms;
+  for (auto last = steady_clock::now();;) {
+    const cudaError_t state = cudaEventQuery(all_done_.get());
+    if (state != cudaErrorNotReady) return cuda_check(state);
+    cudaGetLastError();  // it is no error
+    std::this_thread::sleep_for(std::clamp<steady_clock::duration>(waited / 8, shortest_nap, longest_nap));
+    const auto now = steady_clock::now();
+    waited += std::min<steady_clock::duration>(now - last, 1s);
+    last = now;
+    if (waited < next_look) continue;
+    ask_watches(duration_cast<milliseconds>(waited));
+    next_look = waited + 100ms;
+  }
 }
 
 void CudaDevice::do_gemm(View c, const Factor& a, const Factor& b, Write write) {

@@ -67,6 +67,7 @@ class CudaDevice final : public Device {
   void norm_backward(View dx, View dw, const ConstView& dy, const ConstView& dskip, const ConstView& x,
                      const ConstView& w, const ConstView& inv_rms);
 
+  void wait_watched();
   cudaStream_t stream() const { return stream_.get(); }
   // Valid until the next call, for work on the stream.
   template <class T>

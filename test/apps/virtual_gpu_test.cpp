@@ -186,6 +186,15 @@ TEST_CASE("grids of GPUs in bf16 with hidden states are the run on one CPU", "[.
               {"student.model_args.dtype=bf16", "teacher.model_args.dtype=bf16", "teacher_payload=hidden"}, 4e-3);
 }
 
+// A stage that expected a gradient before its first forward would wait for a stage that waits for that forward.
+TEST_CASE("a pipeline gets going where the first launch of a kernel waits for all that was begun", "[e2e]") {
+  const Shop shop({.teacher_layers = 2, .student_layers = 2});
+  const Words alone = {"distill_loss_weight=0", "max_steps=1", "eval_steps=0"};
+  train(shop, "cpu", cpu + alone, 0);
+  train(shop, "stages", cuda + pp(2) + alone, 2, {"VIRTUAL_GPU_LAZY_LOADING=1"});
+  check_like(shop, "stages", "cpu");
+}
+
 TEST_CASE("a run on GPUs resumes bit for bit", "[e2e]") {
   const Shop shop;
   const Words saving = cuda + Words{"save_steps=1", "max_steps=2"};

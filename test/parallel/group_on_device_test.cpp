@@ -198,3 +198,24 @@ TEST_CASE("what a peer has not given ends with its error on a device, too", "[mp
   }
   gpu.plain->barrier();
 }
+
+TEST_CASE("NCCL's wait for a rank that lives but does not join ends after peer_timeout", "[mpi][nccl]") {
+  OnGpu gpu(OnGpu::nccl);
+  Patience patience = gpu.group->patience();
+  patience.peer_timeout = std::chrono::seconds(1);
+  gpu.group->set_patience(patience);
+  Tensor x = gpu.upload(values(gpu.rank(), 10));
+  if (gpu.rank() == 0) {
+    gpu.group->all_reduce(x.view());
+    try {
+      gpu.device->synchronize();
+      FAIL("nobody joins");
+    } catch (const Error& error) {
+      CHECK(error.code() == ExitCode::peer_lost);
+      CHECK_THAT(error.what(), Catch::Contains("rank 0 on ") && Catch::Contains("for the other ranks of on GPUs"));
+    }
+  }
+  gpu.plain->barrier();
+  if (gpu.rank() != 0) gpu.group->all_reduce(x.view());  // late, so that both can end
+  gpu.device->synchronize();
+}

@@ -147,6 +147,7 @@ struct State {
   std::map<const void*, std::pair<void*, std::size_t>> registered;  // cudaHostRegister
   std::set<std::pair<int, int>> peers;                              // (from, to) enabled
   std::map<const void*, int> shared_limits;                         // cudaFuncSetAttribute: dynamic bytes
+  std::set<const void*> loaded;                                     // kernels that were launched
   std::map<std::string, int> handles;                               // live handles of libraries, by kind
   std::map<std::string, std::pair<Allocation*, int>> opened;        // by IPC handle, how often
   std::map<std::string, std::uint64_t> calls;

@@ -580,7 +580,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEve
 // --- launches
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
-  return on_stream("cudaLaunchKernelExC", config->stream, [&](Held&, const std::shared_ptr<Stream>& stream) {
+  return on_stream("cudaLaunchKernelExC", config->stream, [&](Held& held, const std::shared_ptr<Stream>& stream) {
     const dim3 grid = config->gridDim, block = config->blockDim;
     if (!is_launchable(kernel)) return cudaErrorInvalidDeviceFunction;
     if (config->numAttrs != 0) return cudaErrorNotSupported;
@@ -593,6 +593,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     if (config->dynamicSmemBytes >
         static_cast<std::size_t>(limit == state().shared_limits.end() ? 48 << 10 : limit->second))
       return cudaErrorInvalidValue;
+    if (state().loaded.insert(kernel).second && state().options.lazy_loading)
+      wait_for(held, everything(current_device));
     const LaunchShape shape{kernel, grid, block, config->dynamicSmemBytes, stream->device};
     enqueue(stream, {"kernel",
                      [shape, body = bind_arguments(kernel, arguments)] {

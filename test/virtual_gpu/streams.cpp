@@ -170,6 +170,7 @@ Options options_from_environment() {
   number("VIRTUAL_GPU_DEVICES", o.devices);
   number("VIRTUAL_GPU_DRIVER", o.driver);
   number("VIRTUAL_GPU_PEER_ACCESS", o.peer_access);
+  number("VIRTUAL_GPU_LAZY_LOADING", o.lazy_loading);
   std::size_t mebibytes = o.memory >> 20;
   number("VIRTUAL_GPU_MEMORY", mebibytes);
   o.memory = mebibytes << 20;

@@ -18,6 +18,7 @@ struct Options {
   bool peer_access = true;          // whether devices can reach each other
   int driver = 13000;               // what cudaDriverGetVersion says
   Races races = Races::all;
+  bool lazy_loading = false;    // the first launch of a kernel waits for all that the device has to do, as it may
   bool protection_keys = true;  // false: host access to device memory is kept out by mprotect, as without PKU
 };
 Options options_from_environment();
