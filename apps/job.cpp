@@ -109,6 +109,17 @@ void run_long(Communicator& group, const std::function<void()>& work) {
   group.run_together(work);
 }
 
+// Steps of this rank. Where they fail it gives its GPU's memory back, which waits for all that was begun there, also
+// for what others would have to join who wait for this rank: so that ends first.
+void run_steps(Groups& groups, const std::function<void()>& steps) {
+  try {
+    steps();
+  } catch (...) {
+    groups.give_up();
+    throw;
+  }
+}
+
 }  // namespace
 
 ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads,
@@ -170,9 +181,11 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   });
   const std::int64_t first_step = std::stoll(world.broadcast(std::to_string(state.step), /*root=*/0));
   if (!studies) {
-    TeacherLoop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload, *groups.pp_forward,
-                *groups.pp_backward)
-        .run(first_step, plan.total_steps, {validation.get(), config.eval_steps, plan.total_steps});
+    TeacherLoop loop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload,
+                     *groups.pp_forward, *groups.pp_backward);
+    run_steps(groups, [&] {
+      loop.run(first_step, plan.total_steps, {validation.get(), config.eval_steps, plan.total_steps});
+    });
     return ExitCode::ok;
   }
 
@@ -203,7 +216,8 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
                   validation.get(), {*groups.role, *groups.dp, *groups.pp_forward, *groups.pp_backward},
                   trainer_options(plan, peak_flops), std::move(hooks));
   device->reset_op_times();
-  const Trainer::End end = trainer.run(state);
+  Trainer::End end{};
+  run_steps(groups, [&] { end = trainer.run(state); });
   sinks.clear();
   say(time_report(trainer.times(), trainer.steps_run(), *device, peak_flops));
   if (end == Trainer::End::stopped) {

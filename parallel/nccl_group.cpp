@@ -9,6 +9,7 @@
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -58,24 +59,25 @@ class Way {
     ncclUniqueId unique{};
     check(id.size() == sizeof unique, "an NCCL id of ", id.size(), " bytes");
     std::memcpy(&unique, id.data(), sizeof unique);
-    check_nccl(ncclCommInitRank(&comm_, ranks, unique, rank), "ncclCommInitRank");
+    ncclComm_t comm = nullptr;
+    check_nccl(ncclCommInitRank(&comm, ranks, unique, rank), "ncclCommInitRank");
+    comm_ = comm;
     stream_ = new_stream();
   }
-  Way(Way&& other) noexcept
-      : comm_(std::exchange(other.comm_, nullptr)), stream_(std::exchange(other.stream_, nullptr)) {}
+  Way(Way&& other) noexcept : comm_(other.comm_.exchange(nullptr)), stream_(std::exchange(other.stream_, nullptr)) {}
   ~Way() {
     if (comm_) ncclCommDestroy(comm_);
     if (stream_) cudaStreamDestroy(stream_);
   }
-  // Ends what is under way, for which ncclCommDestroy would wait.
+  // Ends what is under way, for which ncclCommDestroy would wait, and nothing more begins. Any thread.
   void abort() {
-    if (comm_) ncclCommAbort(std::exchange(comm_, nullptr));
+    if (const ncclComm_t comm = comm_.exchange(nullptr)) ncclCommAbort(comm);
   }
   ncclComm_t comm() const { return comm_; }
   cudaStream_t stream() const { return stream_; }
 
  private:
-  ncclComm_t comm_ = nullptr;
+  std::atomic<ncclComm_t> comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
 };
 
@@ -112,6 +114,10 @@ class NcclGroup final : public GroupOnDevice {
     else
       static_cast<void>(cudaStreamSynchronize(compute_));  // it may still wait for events of this group
   }
+  void give_up() override {
+    GroupOnDevice::give_up();
+    for_all_ways([](Way& way) { way.abort(); });
+  }
 
  private:
   // What was begun, done when its event is.
@@ -119,7 +125,9 @@ class NcclGroup final : public GroupOnDevice {
    public:
     Begun(NcclGroup& group, Event done) : group_(group), done_(std::move(done)) {}
     ~Begun() override {
-      if (!is_over_) static_cast<void>(cudaStreamWaitEvent(group_.compute_, done_.get(), cudaEventWaitDefault));
+      // Where an error passes the device does nothing more.
+      if (!is_over_ && std::uncaught_exceptions() == exceptions_at_start_)
+        static_cast<void>(cudaStreamWaitEvent(group_.compute_, done_.get(), cudaEventWaitDefault));
       group_.free_events_.push_back(std::move(done_));
     }
     void wait() override {
@@ -134,6 +142,7 @@ class NcclGroup final : public GroupOnDevice {
     NcclGroup& group_;
     Event done_;
     bool is_over_ = false;
+    int exceptions_at_start_ = std::uncaught_exceptions();
   };
 
   // Who sends to whom: ranks r and r + 1. The sender is rank 0 of the two.
@@ -191,6 +200,7 @@ class NcclGroup final : public GroupOnDevice {
 
   // NCCL says here, and not where an operation was begun, that another rank is gone.
   void check_alive() {
+    check(!is_given_up(), name(), ": was given up");
     for_all_ways([&](const Way& way) {
       ncclResult_t error = ncclSuccess;
       check_nccl(ncclCommGetAsyncError(way.comm(), &error), "ncclCommGetAsyncError");
@@ -203,13 +213,14 @@ class NcclGroup final : public GroupOnDevice {
 
   // The host has waited this long for its GPU, perhaps for an operation of this group.
   void look(std::chrono::milliseconds waited) {
+    if (is_given_up()) return;
     check_alive();
     bool is_under_way = false;
     for_all_ways([&](const Way& way) { is_under_way |= cudaStreamQuery(way.stream()) == cudaErrorNotReady; });
     cudaGetLastError();  // not ready is no error
     if (!is_under_way) return;
-    const std::string who = text(name_of(members()[std::size_t(rank())]), " has waited ",
-                                 double(waited.count()) / 1000, " s on its GPU for the other ranks of ", name());
+    const std::string who = text(name_of(members()[std::size_t(rank())]), " has waited ", double(waited.count()) / 1000,
+                                 " s on its GPU for the other ranks of ", name());
     if (waited >= patience().peer_timeout)
       throw Error(ExitCode::peer_lost, who + ": they live but give nothing (peer_timeout)");
     if (waited < patience().stall_report) {

@@ -165,6 +165,23 @@ TEST_CASE("messages over NCCL go one way, while the device goes on", "[mpi][nccl
   gpu.plain->barrier();
 }
 
+// Memory that is given back waits for the device, and so for another rank where that has not joined.
+TEST_CASE("what was begun over NCCL ends without the others when the group is given up", "[mpi][nccl]") {
+  const GpuTraffic traffic = GENERATE(GpuTraffic::collectives, GpuTraffic::upward);
+  const OnGpu gpu(OnGpu::nccl, traffic);
+  const bool is_sum = traffic == GpuTraffic::collectives;
+  {
+    Tensor x = gpu.upload(values(gpu.rank(), 500));
+    if (is_sum ? gpu.rank() == 0 : gpu.rank() == 1) {
+      const auto pending = is_sum ? gpu.group->start_all_reduce(x.view()) : gpu.group->start_recv(x.view(), 0);
+      gpu.group->give_up();
+      CHECK_THROWS_WITH(pending->wait(), Catch::Contains("was given up"));
+    }
+  }
+  gpu.plain->barrier();
+  gpu.group->give_up();
+}
+
 TEST_CASE("a group of one on a device copies only what is not in its place", "[mpi]") {
   const OnGpu gpu;
   auto alone = gpu.plain->split(gpu.rank(), 0, "alone");
