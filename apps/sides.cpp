@@ -119,7 +119,8 @@ class ParameterGather {
       }
   }
 
-  // All students call it. On the first one, values of the whole parameter; nothing elsewhere.
+  // All students call it. On the first one, values of the whole parameter; nothing elsewhere. A rank that cannot give
+  // its part says so instead, since the first one waits for it.
   const std::vector<float>& take(const Param& whole) {
     if (students_.rank() == 0) values_.assign(std::size_t(whole.size()), 0.0f);
     for (const Holder& holder : holders_) {
@@ -127,10 +128,12 @@ class ParameterGather {
       if (!part || part->is_copy || holder.tp_rank % part->sharers != 0 || part->size() == 0) continue;
       if (students_.rank() == holder.rank) read(*part);
       if (holder.rank != 0) move(*part, holder.rank);
-      if (students_.rank() == 0) place(*part);
+      if (students_.rank() == 0 && problem_.empty()) place(*part);
     }
     return values_;
   }
+  // Fails where this rank could not read its parts, and on the first one where any could not.
+  void check_all_taken() const { check(problem_.empty(), problem_); }
 
  private:
   struct Holder {
@@ -139,16 +142,29 @@ class ParameterGather {
   };
 
   void read(const Param& part) {
-    Tensor wide = device_.tensor(1, part.size(), DType::f32);
-    device_.cast(wide.view(), model_.values().col_slice(part.offset, part.size()));
-    part_.resize(std::size_t(part.size()));
-    device_.download(part_.data(), wide.view());
+    if (problem_.empty()) try {
+        Tensor wide = device_.tensor(1, part.size(), DType::f32);
+        device_.cast(wide.view(), model_.values().col_slice(part.offset, part.size()));
+        part_.resize(std::size_t(part.size()));
+        device_.download(part_.data(), wide.view());
+      } catch (const std::exception& error) {
+        problem_ = text(name_of(students_.members()[std::size_t(students_.rank())]), ": ", error.what());
+      }
   }
   void move(const Param& part, int from) {
-    if (students_.rank() != 0 && students_.rank() != from) return;
+    if (students_.rank() == from) {
+      students_.send(problem_, 0);
+      if (problem_.empty()) students_.send(host(part), 0);
+    } else if (students_.rank() == 0) {
+      if (std::string problem = students_.recv(from); problem.empty())
+        students_.recv(host(part), from);
+      else
+        problem_ = std::move(problem);
+    }
+  }
+  View host(const Param& part) {
     part_.resize(std::size_t(part.size()));
-    const View host(part_.data(), 1, part.size(), DType::f32);
-    students_.rank() == 0 ? students_.recv(host, from) : students_.send(host, 0);
+    return {part_.data(), 1, part.size(), DType::f32};
   }
   void place(const Param& part) {
     for (std::int64_t r = 0; r < part.rows; ++r)
@@ -161,6 +177,7 @@ class ParameterGather {
   Communicator& students_;
   std::vector<Holder> holders_;
   std::vector<float> values_, part_;
+  std::string problem_;
 };
 
 }  // namespace
@@ -171,6 +188,7 @@ void export_student(const std::string& folder, const RunPlan& plan, Device& devi
   ParameterGather gather(plan, device, student.model, students);
   if (students.rank() != 0) {
     for (const Param& param : whole.all()) gather.take(param);
+    gather.check_all_taken();
     return;
   }
   const std::string& source = plan.config.student.model_args.model_name_or_path;
@@ -180,6 +198,7 @@ void export_student(const std::string& folder, const RunPlan& plan, Device& devi
     if (first == 0) {
       values = &gather.take(param);
       ++taken;
+      gather.check_all_taken();
     }
     std::copy_n(values->begin() + first, out.size(), out.begin());
   };
