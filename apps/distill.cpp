@@ -101,15 +101,16 @@ ExitCode run(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::
     encode_and_keep(world, file, threads, say, progress);
     return ExitCode::ok;
   }
-  plan.emplace(make_plan(file, grid, world, threads, progress));
+  // The devices of other ranks than these are not known here.
+  const RunDevices devices = command.ranks > 0 ? RunDevices{} : find_devices(file.config, grid, world);
+  const bool on_gpus = command.ranks > 0 ? file.config.device == DeviceChoice::cuda : devices.are_gpus();
+  plan.emplace(make_plan(file, grid, on_gpus, world, threads, progress));
   progress("");
   if (speaks)
     for (const std::string& warning : plan->warnings) std::cerr << "warning: " << warning << std::endl;
   say(describe(*plan) + (command.ranks > 0 ? "" : text("  compute threads per rank: ", threads, "\n")));
   if (plan->grid.places.size() > 1)
     say(describe(plan->grid, plan->student.tied_head, plan_hosts(world, command.ranks)));
-  // The devices of other ranks than these are not known here.
-  const RunDevices devices = command.ranks > 0 ? RunDevices{} : find_devices(plan->config, plan->grid, world);
   if (command.ranks == 0) say(describe(devices, plan->grid, world));
   if (devices.are_gpus()) mpi.watch_ranks(world.patience().peer_dead_after);
   if (command.command == Command::check) {

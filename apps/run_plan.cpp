@@ -112,9 +112,11 @@ std::vector<Payload> possible_payloads(const Config& config) {
   return {Payload::logits, Payload::hidden};
 }
 
-// Of the channel to a student of the last stage; by messages it is a group of the two.
+// In shared memory, of the channel to a student of the last stage. By messages it is a group of the two, and between
+// GPUs a few words, since the ring is in GPU memory.
 std::size_t most_channel_bytes(const RunPlan& plan, const Place& student) {
   if (plan.config.logits_transfer_backend == LogitsTransfer::network) return shared_group_bytes(2);
+  if (plan.on_gpus) return 0;
   std::size_t most = 0;
   for (const Payload payload : possible_payloads(plan.config))
     most = std::max(most, channel_bytes(channel_shape(plan, student, payload)));
@@ -265,10 +267,12 @@ Grid plan_grid(const ConfigFile& file, std::span<const int> nodes, std::span<con
   }
 }
 
-RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world, int threads, const Say& progress) {
+RunPlan make_plan(const ConfigFile& file, const Grid& grid, bool on_gpus, Communicator& world, int threads,
+                  const Say& progress) {
   RunPlan plan;
   plan.config = file.config;
   plan.grid = grid;
+  plan.on_gpus = on_gpus;
   const Config& config = plan.config;
   std::optional<Tokenizer> tokenizer;
   world.run_together([&] {
@@ -434,7 +438,9 @@ std::string describe(const RunPlan& plan) {
                 "; teacher logits in chunks of ", plan.logits_chunk, " positions");
     if (plan.grid.places.size() > 1)
       out += text(", a ring of ", config.logits_ring_slots, " × ", describe_slot(plan),
-                  config.logits_transfer_backend == LogitsTransfer::network ? " by messages" : " in shared memory",
+                  config.logits_transfer_backend == LogitsTransfer::network ? " by messages"
+                  : plan.on_gpus                                            ? " in GPU memory"
+                                                                            : " in shared memory",
                   " per student of the last stage");
     out += "\n";
   } else {

@@ -34,6 +34,7 @@ struct RunPlan {
   std::int64_t logits_chunk = 0;  // positions
   bool student_has_weights = false;
   bool cuts_tokens = false;           // sequence parallel, both roles
+  bool on_gpus = false;
   std::vector<std::string> warnings;  // one line each
 };
 
@@ -43,7 +44,8 @@ Grid plan_grid(const ConfigFile& file, std::span<const int> nodes, std::span<con
 
 // Reads models, tokenizers and data of a configuration; all ranks of world call it. `threads` of each rank may encode;
 // `progress` shows how far that is. What is wrong is a CommonError.
-RunPlan make_plan(const ConfigFile& file, const Grid& grid, Communicator& world, int threads, const Say& progress);
+RunPlan make_plan(const ConfigFile& file, const Grid& grid, bool on_gpus, Communicator& world, int threads,
+                  const Say& progress);
 
 // What one data-parallel rank trains and validates on.
 std::unique_ptr<DataSource> training_data(const RunPlan& plan, int dp_rank);
