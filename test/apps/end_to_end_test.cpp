@@ -369,11 +369,22 @@ TEST_CASE("metrics of a run are looked at afterwards", "[e2e][sanitized]") {
   CHECK(metrics({folder}).output == summary.output);
 }
 
+// Steps that are far shorter than the patience of these cases, also on a virtual GPU.
+std::vector<std::string> short_steps(const std::string& dead_after, const std::string& timeout) {
+  return {"max_steps=100000",
+          "save_steps=0",
+          "eval_steps=0",
+          "sequence_length=32",
+          "student.training_args.per_device_train_batch_size=1",
+          "student.training_args.gradient_accumulation_steps=1",
+          "peer_dead_after=" + dead_after,
+          "peer_timeout=" + timeout};
+}
+
 TEST_CASE("the configured patience decides when a silent rank is given up", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();
-  Process run(shop.training(
-      "silent", {"max_steps=100000", "save_steps=0", "eval_steps=0", "peer_dead_after=1s", "peer_timeout=3s"}, 2));
+  Process run(shop.training("silent", short_steps("1s", "3s"), 2));
   const fs::path csv = shop.path("logs/silent/metrics.csv");
   for (int i = 0; i < 3000 && !(fs::exists(csv) && shop.losses("silent").size() > 2); ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -385,8 +396,9 @@ TEST_CASE("the configured patience decides when a silent rank is given up", "[e2
   INFO(result.output);
   CHECK(result.code == 3);
   CHECK_THAT(result.output, Catch::Contains("distill: rank 0 on ") && Catch::Contains(": rank 1 on ") &&
-                                Catch::Contains("has shown no sign of life for 1") &&
-                                Catch::Contains(" for it in the logits channel"));
+                                Catch::Contains("has shown no sign of life for 1"));
+  // With GPUs it may have been noticed beside the wait.
+  if (!on_gpus()) CHECK_THAT(result.output, Catch::Contains(" for it in the logits channel"));
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(15));  // the default is 20
 }
 
@@ -416,8 +428,7 @@ class StoppedThread {
 TEST_CASE("a teacher that lives but gives nothing is given up after peer_timeout", "[e2e]") {
   const Workshop shop;
   shop.make_teacher();
-  Process run(shop.training(
-      "idle", {"max_steps=100000", "save_steps=0", "eval_steps=0", "peer_dead_after=1s", "peer_timeout=4s"}, 2));
+  Process run(shop.training("idle", short_steps("1s", "4s"), 2));
   const fs::path csv = shop.path("logs/idle/metrics.csv");
   for (int i = 0; i < 3000 && !(fs::exists(csv) && shop.losses("idle").size() > 2); ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -459,6 +470,8 @@ std::vector<std::string> on_slow_disk(const Workshop& shop, const std::string& n
   std::vector<std::string> overrides{"max_steps=3",
                                      "save_steps=1",
                                      "eval_steps=0",
+                                     "validation.data_args.file_name=~",
+                                     "sequence_length=32",
                                      "student.training_args.per_device_train_batch_size=2",
                                      "teacher_payload=logits",
                                      "logits_chunk=8",
@@ -475,7 +488,8 @@ std::vector<std::string> on_slow_disk(const Workshop& shop, const std::string& n
 TEST_CASE("all wait for a checkpoint and for the export as long as they take, whatever peer_timeout says", "[e2e]") {
   const Workshop shop({.student_layers = 2});
   shop.make_teacher();
-  const std::string files = "step-000001.partial/manifest.json:export.partial/config.json";
+  const std::string files = "step-000001.partial/manifest.json:export.partial/config.json",
+                    wait_at_end = on_gpus() ? " in closing the logits channel" : " in barrier of world";
   SECTION("two data-parallel students") {
     const auto result = Process(on_slow_disk(shop, "slow", files, "3", 4)).wait();
     INFO(result.output);
@@ -485,7 +499,8 @@ TEST_CASE("all wait for a checkpoint and for the export as long as they take, wh
     // The other student, for the export and, beside the steps, for the checkpoint.
     CHECK(occurrences(result.output, " of students and goes on waiting") == 1);
     CHECK(occurrences(result.output, " of checkpoint writers and goes on waiting") == 1);
-    CHECK(occurrences(result.output, " in barrier of world and goes on waiting") == 2);
+    // Both teachers; those with GPUs until the student has let go of their memory.
+    CHECK(occurrences(result.output, wait_at_end + " and goes on waiting") == 2);
   }
   SECTION("a pipeline of two stages, logits as messages") {
     const auto result =
@@ -528,8 +543,8 @@ TEST_CASE("a student that stops during the export is noticed by the teacher that
   INFO(result.output);
   CHECK(result.code == 3);
   CHECK_THAT(result.output, Catch::Contains("distill: rank 1 on ") && Catch::Contains(": rank 0 on ") &&
-                                Catch::Contains("has shown no sign of life for 1") &&
-                                Catch::Contains("s for it in barrier of world"));
+                                Catch::Contains("has shown no sign of life for 1"));
+  if (!on_gpus()) CHECK_THAT(result.output, Catch::Contains("s for it in barrier of world"));
 }
 
 TEST_CASE("what is legal and may not be meant is a warning", "[e2e]") {

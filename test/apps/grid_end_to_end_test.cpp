@@ -1,5 +1,6 @@
 // The program on grids under mpirun: the same run as on one rank, whatever travels between teacher and student, resumed
-// on the same and on another grid, and stopped by a signal to any of its ranks.
+// on the same and on another grid, and stopped by a signal to any of its ranks. Tags: [host] computes nothing, so that
+// the device makes no difference; [few] is run on the virtual GPU each time, the others by hand (test/README.md).
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <cmath>
@@ -107,7 +108,7 @@ TEST_CASE("a run on any grid is the run on one rank", "[e2e]") {
   }
 }
 
-TEST_CASE("untied models on a grid without a teacher", "[e2e][sanitized]") {
+TEST_CASE("untied models on a grid without a teacher", "[e2e][sanitized][few]") {
   const Workshop shop({.student_layers = 3, .tied = false});
   const Words plain = {"distill_loss_weight=0"};
   train(shop, "one", plain + Words{"device=cpu"}, 0);
@@ -210,13 +211,14 @@ TEST_CASE("a signal to any rank saves and leaves with 85", "[e2e]") {
   CHECK_FALSE(fs::is_empty(shop.path("stopped/checkpoints")));
 }
 
-TEST_CASE("a run that is never finite ends with 4, said once", "[e2e]") {
+TEST_CASE("a run that is never finite ends with 4, said once", "[e2e][few]") {
   const int ranks = GENERATE(0, 2, 4);
   const Workshop shop;
   shop.make_teacher();
   const auto result = shop.train("wild",
-                                 {"student.training_args.learning_rate=1e30", "max_steps=60", "save_steps=1",
-                                  "student.training_args.warmup_steps=0"},
+                                 accumulation(1) + Words{"student.training_args.per_device_train_batch_size=2",
+                                                         "student.training_args.learning_rate=1e30", "max_steps=60",
+                                                         "save_steps=1", "student.training_args.warmup_steps=0"},
                                  ranks);
   INFO(result.output);
   CHECK(result.code == 4);
@@ -224,7 +226,7 @@ TEST_CASE("a run that is never finite ends with 4, said once", "[e2e]") {
   CHECK_FALSE(fs::exists(shop.path("wild/finished")));
 }
 
-TEST_CASE("grids that do not fit the models are refused with those that do", "[e2e]") {
+TEST_CASE("grids that do not fit the models are refused with those that do", "[e2e][host]") {
   const Workshop shop({.teacher_layers = 2, .student_layers = 4});
   shop.make_teacher();
   const auto refused = [&](const Words& overrides, const char* ranks, const std::string& message) {
@@ -252,12 +254,12 @@ TEST_CASE("grids that do not fit the models are refused with those that do", "[e
           "grids (tp×pp×dp) that fit this model and 3 ranks: 1×1×3, 1×3×1");
 }
 
-TEST_CASE("check says what a slot of the ring holds, and when a node has too little shared memory", "[e2e]") {
+TEST_CASE("check says what a slot of the ring holds, and when a node has too little shared memory", "[e2e][host]") {
   const Workshop shop;
   shop.make_teacher();
   const auto check = [&](const Words& overrides) {
     const auto result = Process(shop.command(Words{"check", "--config", shop.path("run.yaml"), "--ranks", "2",
-                                                   "logits_chunk=16", "logits_ring_slots=3"} +
+                                                   "device=cpu", "logits_chunk=16", "logits_ring_slots=3"} +
                                              overrides))
                             .wait();
     INFO(result.output);

@@ -115,18 +115,6 @@ void check_orders(int first_seed, int last_seed) {
 TEST_CASE("one GPU and two are the CPU's run within rounding, and each other's bits", "[e2e]") { check_orders(1, 2); }
 TEST_CASE("the same in twenty orders of streams", "[.][full]") { check_orders(1, 20); }
 
-TEST_CASE("a grid is the same in any order of streams", "[.][full]") {
-  const Shop shop({.teacher_layers = 2, .student_layers = 2});
-  const Words grid = cuda + tp(2) + pp(2);
-  for (int s = 1; s <= 5; ++s) {
-    CAPTURE(s);
-    const std::string name = "order" + std::to_string(s);
-    train(shop, name, grid, 8, seed(s));
-    CHECK(shop.losses(name) == shop.losses("order1"));
-    CHECK(shop.weights(name) == shop.weights("order1"));
-  }
-}
-
 TEST_CASE("partners that share a GPU, have no peer access or send messages get the same bits", "[e2e]") {
   const Shop shop;
   const Words run_of = cuda + Words{"teacher.model_args.dtype=bf16", "max_steps=2", "eval_steps=0"};
@@ -154,30 +142,47 @@ struct GridCase {
   int ranks;
 };
 
-void check_grids(const std::vector<GridCase>& cases, const Words& all, double tolerance) {
+const std::vector<GridCase> small_grids = {{"tp2", tp(2), 4}, {"pp2", pp(2), 4}, {"dp2", accumulation(1), 4}};
+const std::vector<GridCase> large_grids = {
+    {"sequence-parallel", tp(2) + pp(2) + accumulation(1) + strategy("sequence_parallel=true"), 16},
+    {"whole-optimizer", tp(2) + pp(2) + accumulation(1) + strategy("use_distributed_optimizer=false"), 16},
+    {"padded", tp(2) + strategy("sequence_parallel=true") + Words{"student.use_sequence_packing=false"}, 4},
+    {"messages", tp(2) + pp(2) + Words{"logits_transfer_backend=nccl-only"}, 8},
+    {"hidden", pp(2) + Words{"teacher_payload=hidden"}, 4}};
+
+void train_grid(const Shop& shop, const std::string& name, const GridCase& grid, const Words& all, int order = 1) {
+  train(shop, name, cuda + all + grid.overrides, grid.ranks, Words{"VIRTUAL_GPU_DEVICES=16"} + seed(order));
+}
+
+void check_grids(const std::vector<GridCase>& grids, const Words& all = {}, double tolerance = 1e-5) {
   const Shop shop({.teacher_layers = 2, .student_layers = 2});
   train(shop, "cpu", cpu + all, 0);
-  for (const GridCase& c : cases) {
-    CAPTURE(c.name);
-    train(shop, c.name, cuda + all + c.overrides, c.ranks, {"VIRTUAL_GPU_DEVICES=16"});
-    check_like(shop, c.name, "cpu", tolerance);
+  for (const GridCase& grid : grids) {
+    CAPTURE(grid.name);
+    train_grid(shop, grid.name, grid, all);
+    check_like(shop, grid.name, "cpu", tolerance);
   }
 }
 
 }  // namespace
 
-TEST_CASE("a grid of GPUs is the run on one CPU", "[e2e]") {
-  check_grids({{"tp2", tp(2), 4}, {"pp2", pp(2), 4}, {"dp2", accumulation(1), 4}}, {}, 1e-5);
-}
+TEST_CASE("a grid of GPUs is the run on one CPU", "[e2e]") { check_grids(small_grids); }
+TEST_CASE("larger grids of GPUs are the run on one CPU", "[.][full]") { check_grids(large_grids); }
 
-TEST_CASE("larger grids of GPUs are the run on one CPU", "[.][full]") {
-  const Words all = tp(2) + pp(2) + accumulation(1);
-  check_grids({{"sequence-parallel", all + strategy("sequence_parallel=true"), 16},
-               {"whole optimizer", all + strategy("use_distributed_optimizer=false"), 16},
-               {"padded", tp(2) + strategy("sequence_parallel=true") + Words{"student.use_sequence_packing=false"}, 4},
-               {"messages", tp(2) + pp(2) + Words{"logits_transfer_backend=nccl-only"}, 8},
-               {"hidden", pp(2) + Words{"teacher_payload=hidden"}, 4}},
-              {}, 1e-5);
+TEST_CASE("grids in twenty orders of streams are the run on one CPU, with the same bits in each", "[.][full]") {
+  const Shop shop({.teacher_layers = 2, .student_layers = 2});
+  train(shop, "cpu", cpu, 0);
+  std::vector<GridCase> grids = small_grids;
+  grids.insert(grids.end(), large_grids.begin(), large_grids.end());
+  for (int order = 1; order <= 20; ++order)
+    for (const GridCase& grid : grids) {
+      CAPTURE(order, grid.name);
+      const std::string name = grid.name + std::to_string(order), first = grid.name + "1";
+      train_grid(shop, name, grid, {}, order);
+      check_like(shop, name, "cpu");
+      CHECK(shop.losses(name) == shop.losses(first));
+      CHECK(shop.weights(name) == shop.weights(first));
+    }
 }
 
 // Rounding of bf16 is 2⁻⁸ of a number; loss and norm are sums of many whose errors are independent.
@@ -360,6 +365,8 @@ TEST_CASE("a GPU of a grid that is lost ends all ranks", "[e2e]") {
   CHECK(fs::exists(shop.path("failing/checkpoints/step-000001")));
   // NCCL says it where it is next asked, and not where the other rank went.
   check_failure(shop, grid, "ncclAllReduce", calls[0].at("ncclAllReduce") / 2, 0, 4, "1");
+  // While the first rank waits for this one's part of the student that is exported.
+  check_failure(shop, grid, "cudaMalloc", calls[1].at("cudaMalloc"), 1, 4);
 }
 
 TEST_CASE("a rank that stops while others wait for it on their GPUs is noticed", "[e2e]") {
@@ -405,9 +412,16 @@ TEST_CASE("no byte travels between GPUs that need not", "[e2e]") {
 
 TEST_CASE("check shows the GPU of every rank", "[e2e]") {
   const Shop shop;
-  const auto result = Process(shop.command({"check", "--config", shop.path("run.yaml"), "device=cuda"}, 2)).wait();
+  const Words check = {"check", "--config", shop.path("run.yaml")};
+  const auto result = Process(shop.command(check, 2)).wait();  // device: auto
   INFO(result.output);
   CHECK(result.code == 0);
   CHECK_THAT(result.output, Contains("0 (Virtual H100 80GB HBM3, 4 GiB, 0000:10:00.0)") &&
                                 Contains("1 (Virtual H100 80GB HBM3, 4 GiB, 0000:11:00.0)"));
+  // The ring is in GPU memory, however little shared memory there is.
+  CHECK_THAT(result.output, Contains(" of hidden states in GPU memory per student"));
+  const auto planned =
+      Process(shop.command(check + cuda + Words{"--ranks", "2", "logits_ring_slots=1000000000"})).wait();
+  INFO(planned.output);
+  CHECK_THAT(planned.output, Contains(" in GPU memory per student") && !Contains("/dev/shm"));
 }

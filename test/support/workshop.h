@@ -49,6 +49,7 @@ inline std::string environment_or(const char* name, const char* otherwise) {
   return value ? value : otherwise;
 }
 inline std::string program() { return environment_or("DISTILL_PROGRAM", DISTILL_PROGRAM); }
+inline bool on_gpus() { return environment_or("DISTILL_DEVICE", "auto") == "cuda"; }
 
 // Sizes of the two models.
 struct WorkshopModels {
