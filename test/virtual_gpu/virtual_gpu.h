@@ -1,5 +1,5 @@
-// How a test steers the virtual GPU and asks what it saw. The program under test sees only cuda_runtime.h, cublas_v2.h,
-// cublasLt.h and nccl.h. README.md lists the environment variables that do the same for a whole process.
+// How a test steers the virtual GPU and asks what it saw. The program under test sees only cuda_runtime.h, cublasLt.h
+// and nccl.h. README.md lists the environment variables that do the same for a whole process.
 #pragma once
 
 #include <cstddef>
