@@ -36,10 +36,13 @@ fi
 found=$(mktemp)
 trap 'rm -f "$found"' EXIT
 table >"$found"
+kernels=$(grep -c -v '^#' "$found") || { echo "kernel_table: no kernel in the reports below $1" >&2; exit 1; }
+kept=$(grep -c -v '^#' "$2")
+[ "$kernels" -ge "$kept" ] || { echo "kernel_table: $kernels kernels, and $kept in $2" >&2; exit 1; }
 if grep -v -E '^#|double' "$found" | awk '$(NF - 2) > 0 { print "kernel_table: spills: " $0; bad = 1 } END { exit bad }'; then :; else exit 1; fi
 if [ "$(head -n 1 "$2")" != "$(head -n 1 "$found")" ]; then
   echo "kernel_table: no spills; registers not compared: $2 is of $(head -n 1 "$2"), this build of $(head -n 1 "$found")"
 else
   diff "$2" "$found" || { echo "kernel_table: the kernels are not those of $2 (left: kept, right: found)" >&2; exit 1; }
-  echo "kernel_table: $(grep -c -v '^#' "$found") kernels as in $2, no spills"
+  echo "kernel_table: $kernels kernels as in $2, no spills"
 fi

@@ -1,12 +1,13 @@
 #!/bin/sh
 # Takes the barriers and waits of the CUDA kernels away, one at a time, and expects the virtual GPU to notice: a race, a
 # value that is not as it should be. Needs build/…/test/kernels/{device,loss}_test_virtual_gpu built.
-#   tools/missing_barriers.sh [build folder]        default: build/release; a few minutes
-# Prints a line for each and fails when one goes unnoticed.
+#   tools/missing_barriers.sh [build folder] [places]    default: build/release, all; an hour
+# places: a pattern of lines of "file:line call", such as team.cuh. Prints a line for each and fails when one goes unnoticed.
 set -eu
 cd "$(dirname "$0")/.."
 source=$PWD
 build=$(cd "${1:-build/release}" && pwd)
+places=${2-}
 copy=$build/missing_barriers
 rm -rf "$copy"
 mkdir -p "$copy/kernels/cuda"
@@ -50,18 +51,34 @@ compile loss_f32
 link device_test_virtual_gpu attention_bf16 reductions
 link loss_test_virtual_gpu loss_f32 reductions
 
-unnoticed=0
-while read -r n place call; do
-  case $place in
+# run N PLACE: the cases that go through a place, without barrier N; 0: with all of them.
+run() {
+  case $2 in
     team.cuh*) tests="loss_test_virtual_gpu|every objective with*" ;;
     reductions.cu*) tests="device_test_virtual_gpu|column_sums,sum_of_squares*,embedding*,an id*,rms_norm*,the fused*" ;;
     *) tests="device_test_virtual_gpu|attention and its backward" ;;
   esac
-  if MISSING_BARRIER=$n "$copy/${tests%%|*}" "${tests#*|}" --abort > "$copy/log" 2>&1; then
-    echo "UNNOTICED  $place $call"
-    unnoticed=1
-  else
+  MISSING_BARRIER=$1 "$copy/${tests%%|*}" "${tests#*|}" --abort >"$copy/log" 2>&1
+}
+
+grep -e "$places" "$copy/list" >"$copy/chosen" || { echo "missing_barriers: no place is like $places" >&2; exit 2; }
+for file in $(cut -d ' ' -f 2 "$copy/chosen" | cut -d : -f 1 | sort -u); do
+  run 0 "$file" && grep -q "^All tests passed" "$copy/log" || {
+    cat "$copy/log" >&2
+    echo "missing_barriers: the tests of $file fail with all barriers in place" >&2
+    exit 2
+  }
+done
+
+unnoticed=0
+while read -r n place call; do
+  code=0
+  run "$n" "$place" || code=$?
+  if [ $code != 0 ] && grep -a -q -e 'virtual GPU: ' -e 'FAILED:' "$copy/log"; then
     echo "noticed    $place $call: $(grep -a -o -m 1 'virtual GPU: [a-z ]*: .*' "$copy/log" || echo another value)"
+  else
+    echo "UNNOTICED  $place $call$([ $code = 0 ] || echo " (exit code $code: $(tail -n 1 "$copy/log"))")"
+    unnoticed=1
   fi
-done < "$copy/list"
+done <"$copy/chosen"
 exit $unnoticed
