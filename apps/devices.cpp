@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iomanip>
 #include <iostream>
+#include <map>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -62,31 +63,46 @@ std::string shared_out(const Grid& grid, const std::vector<RankSight>& sights, s
               " ranks: expected ", ranks, ", or ", wanted, " where a student and its teacher share one");
 }
 
+// The same for all ranks.
+std::string given_out(const Config& config, const Grid& grid, const std::vector<RankSight>& sights,
+                      std::vector<int>& gpus) {
+  for (std::size_t rank = 0; rank < sights.size(); ++rank) {
+    if (!sights[rank].gpus.problem.empty()) return text("rank ", rank, ": ", sights[rank].gpus.problem);
+    const bool has_mapping = !worker_of(config, grid.places[rank].role).device_mapping.empty();
+    const std::string problem =
+        has_mapping ? mapped(config, grid, sights, rank, gpus[rank]) : shared_out(grid, sights, rank, gpus[rank]);
+    if (!problem.empty()) return problem;
+  }
+  std::map<std::pair<int, std::string>, std::size_t> first_on;  // by node and bus id: a rank
+  for (std::size_t rank = 0; rank < sights.size(); ++rank) {
+    const Gpu& gpu = sights[rank].gpus.visible[std::size_t(gpus[rank])];
+    const auto [other, is_new] = first_on.try_emplace({sights[rank].node, gpu.bus_id}, rank);
+    if (gpu.exclusive && !is_new)
+      return text("ranks ", other->second, " and ", rank, " would share GPU ", gpus[rank], " of node ",
+                  sights[rank].node, ", whose compute mode is Exclusive_Process: expected a GPU for each rank; ",
+                  "nvidia-smi -c DEFAULT, or MPS, lets them share one");
+  }
+  return {};
+}
+
 }  // namespace
 
 std::vector<int> choose_gpus(const Config& config, const Grid& grid, const std::vector<RankSight>& sights) {
   if (config.device == DeviceChoice::cpu) return {};
   std::vector<int> gpus(sights.size());
-  for (std::size_t rank = 0; rank < sights.size(); ++rank) {
-    std::string problem = sights[rank].gpus.problem;
-    if (!problem.empty()) problem = text("rank ", rank, ": ", problem);
-    const bool has_mapping = !worker_of(config, grid.places[rank].role).device_mapping.empty();
-    if (problem.empty())
-      problem =
-          has_mapping ? mapped(config, grid, sights, rank, gpus[rank]) : shared_out(grid, sights, rank, gpus[rank]);
-    if (problem.empty()) continue;
-    if (config.device == DeviceChoice::automatic) return {};
-    fail_input("device: cuda: ", problem);
-  }
-  return gpus;
+  const std::string problem = given_out(config, grid, sights, gpus);
+  if (problem.empty()) return gpus;
+  if (config.device == DeviceChoice::automatic) return {};
+  fail_input("device: cuda: ", problem);
 }
 
 namespace {
 
-// Lines: problem, then name, bus id and bytes of every GPU.
+// Lines: problem, then name, bus id, bytes and `exclusive` of every GPU.
 std::string packed(const Gpus& gpus) {
   std::string out = gpus.problem + "\n";
-  for (const Gpu& gpu : gpus.visible) out += text(gpu.name, "\n", gpu.bus_id, "\n", gpu.memory, "\n");
+  for (const Gpu& gpu : gpus.visible)
+    out += text(gpu.name, "\n", gpu.bus_id, "\n", gpu.memory, " ", gpu.exclusive, "\n");
   return out;
 }
 Gpus unpacked(const std::string& lines) {
@@ -94,9 +110,7 @@ Gpus unpacked(const std::string& lines) {
   Gpus gpus;
   std::getline(in, gpus.problem);
   for (Gpu gpu; std::getline(in, gpu.name) && std::getline(in, gpu.bus_id);) {
-    std::string bytes;
-    std::getline(in, bytes);
-    gpu.memory = std::stoull(bytes);
+    in >> gpu.memory >> gpu.exclusive >> std::ws;
     gpus.visible.push_back(gpu);
   }
   return gpus;

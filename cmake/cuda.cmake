@@ -1,12 +1,16 @@
 # Sets DISTILL_HAS_CUDA and enables the language where nvcc and the libraries are found. Sanitizers know nothing of GPUs.
 set(DISTILL_HAS_CUDA OFF)
+set(DISTILL_MACHINE_CODE_UP_TO 9)  # major compute capability
 if(DISTILL_CUDA AND NOT DISTILL_SANITIZE)
   include(CheckLanguage)
   check_language(CUDA)
   find_package(CUDAToolkit 12.8 QUIET)
   if(CMAKE_CUDA_COMPILER AND TARGET CUDA::cudart AND TARGET CUDA::cublasLt)
-    # Machine code for A100 and H100, and PTX that newer ones compile when they load it.
-    if(NOT CMAKE_CUDA_ARCHITECTURES)
+    # Machine code for A100 and H100, and PTX that newer ones compile when they load it. Whoever names
+    # others knows which GPUs they are for.
+    if(CMAKE_CUDA_ARCHITECTURES)
+      set(DISTILL_MACHINE_CODE_UP_TO 999)
+    else()
       set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
     endif()
     if(CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)

@@ -11,6 +11,7 @@ struct Gpu {
   std::string name;        // "NVIDIA H100 80GB HBM3"
   std::string bus_id;      // "0000:1B:00.0": two processes that see the same bus id see the same GPU
   std::size_t memory = 0;  // bytes
+  bool exclusive = false;  // its compute mode: one process at a time
 };
 
 struct Gpus {

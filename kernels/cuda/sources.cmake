@@ -5,3 +5,6 @@ foreach(file attention.cpp attention_bf16.cu attention_f16.cu attention_f32.cu a
         sequence_packing.cu)
   list(APPEND distill_cuda_sources ${CMAKE_CURRENT_LIST_DIR}/${file})
 endforeach()
+# Newer GPUs get PTX.
+set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/gpus.cpp PROPERTIES
+                            COMPILE_DEFINITIONS DISTILL_MACHINE_CODE_UP_TO=${DISTILL_MACHINE_CODE_UP_TO})

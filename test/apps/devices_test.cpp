@@ -70,6 +70,26 @@ TEST_CASE("device_mapping counts the GPUs of all nodes") {
         "device: cuda: student.device_mapping names 1 devices: expected one for each rank of the role, 2");
 }
 
+TEST_CASE("two ranks on a GPU that takes one process are refused with cuda and mean CPUs with auto") {
+  const auto exclusive = [](int nodes, int ranks, int gpus) {
+    auto seen = sights(nodes, ranks, gpus);
+    for (RankSight& sight : seen)
+      for (Gpu& gpu : sight.gpus.visible) gpu.exclusive = true;
+    return seen;
+  };
+  Config config = wants(DeviceChoice::cuda);
+  CHECK(choose_gpus(config, grid_of(1, 1), exclusive(1, 1, 1)) == Numbers{0});
+  CHECK(choose_gpus(config, grid_of(2, 2), exclusive(2, 2, 2)) == Numbers{0, 1, 0, 1});
+  CHECK(refusal("", [&] { choose_gpus(config, grid_of(1, 4), exclusive(1, 4, 3)); }) ==
+        "device: cuda: ranks 0 and 2 would share GPU 0 of node 0, whose compute mode is Exclusive_Process: expected a "
+        "GPU for each rank; nvidia-smi -c DEFAULT, or MPS, lets them share one");
+  CHECK(choose_gpus(wants(DeviceChoice::automatic), grid_of(1, 2), exclusive(1, 2, 1)).empty());
+  config.student.device_mapping = config.teacher.device_mapping = {1};
+  CHECK(choose_gpus(config, grid_of(1, 2), sights(1, 2, 2)) == Numbers{1, 1});
+  CHECK_THAT(refusal("", [&] { choose_gpus(config, grid_of(1, 2), exclusive(1, 2, 2)); }),
+             Catch::Contains("ranks 0 and 1 would share GPU 1 of node 0"));
+}
+
 TEST_CASE("too few GPUs, or none, are refused with cuda and mean CPUs with auto") {
   const auto chosen = [](DeviceChoice device, int ranks, int gpus) {
     return choose_gpus(wants(device), grid_of(1, ranks), sights(1, ranks, gpus));

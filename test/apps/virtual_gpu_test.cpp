@@ -229,7 +229,24 @@ TEST_CASE("what is wrong with the GPUs is one message with code 2, and auto does
       {"driver",
        "the NVIDIA driver is for CUDA 12.4 and this program for CUDA 13.0: install a newer driver",
        {"VIRTUAL_GPU_DRIVER=12040"},
-       2}};
+       2},
+      {"translation",
+       "the NVIDIA driver is for CUDA 13.0 and this program for CUDA 13.1, which has no machine code for GPU 0, "
+       "Virtual "
+       "H100 80GB HBM3, of compute capability 10.3: install a newer driver, or build with "
+       "-DCMAKE_CUDA_ARCHITECTURES=103",
+       {"VIRTUAL_GPU_RUNTIME=13010", "VIRTUAL_GPU_CAPABILITY=103"},
+       0},
+      {"exclusive",
+       "device: cuda: ranks 0 and 1 would share GPU 0 of node 0, whose compute mode is Exclusive_Process: expected a "
+       "GPU for each rank",
+       {"VIRTUAL_GPU_COMPUTE_MODE=3", "VIRTUAL_GPU_DEVICES=1"},
+       2},
+      {"prohibited",
+       "GPU 0, Virtual H100 80GB HBM3, takes no process: its compute mode is Prohibited; nvidia-smi -c DEFAULT changes "
+       "that; CUDA_VISIBLE_DEVICES can leave it out",
+       {"VIRTUAL_GPU_COMPUTE_MODE=2"},
+       0}};
   for (const Case& c : cases) {
     CAPTURE(c.name);
     const auto result = run(shop, c.name, cuda, c.ranks, c.environment);
@@ -238,6 +255,8 @@ TEST_CASE("what is wrong with the GPUs is one message with code 2, and auto does
     CHECK(occurrences(result.output, c.message) == 1);
     CHECK_FALSE(fs::exists(shop.path(c.name + "/checkpoints")));
   }
+  // An older driver of the same major version runs machine code; two ranks have an exclusive GPU each.
+  train(shop, "well", {"max_steps=1", "device=cuda"}, 2, {"VIRTUAL_GPU_RUNTIME=13010", "VIRTUAL_GPU_COMPUTE_MODE=3"});
   const auto automatic = run(shop, "auto", {"max_steps=1"}, 2, {"CUDA_VISIBLE_DEVICES="});
   INFO(automatic.output);
   CHECK(automatic.code == 0);

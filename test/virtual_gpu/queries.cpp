@@ -1,5 +1,5 @@
 // What the CUDA runtime says about devices, kernels and errors. The device described is an H100 SXM5 80 GB, except for
-// its memory, which is what the options say.
+// what the options say: memory, compute capability and mode.
 #include <cstring>
 
 #include "virtual_gpu/internal.h"
@@ -32,8 +32,8 @@ cudaDeviceProp described(int device) {
   p.maxGridSize[0] = 0x7fffffff;
   p.maxGridSize[1] = p.maxGridSize[2] = 65535;
   p.totalConstMem = 64 << 10;
-  p.major = 9;
-  p.minor = 0;
+  p.major = state().options.capability / 10;
+  p.minor = state().options.capability % 10;
   p.multiProcessorCount = 132;
   p.canMapHostMemory = p.concurrentKernels = p.ECCEnabled = p.unifiedAddressing = 1;
   p.pciBusID = 0x10 + physical;
@@ -69,6 +69,8 @@ int attribute(const cudaDeviceProp& p, cudaDeviceAttr which) {
       return p.major;
     case cudaDevAttrComputeCapabilityMinor:
       return p.minor;
+    case cudaDevAttrComputeMode:
+      return state().options.compute_mode;
     case cudaDevAttrClockRate:
       return 1980000;  // kHz
     case cudaDevAttrMemoryClockRate:
@@ -159,7 +161,8 @@ cudaError_t cudaDriverGetVersion(int* version) {
   return static_cast<cudaError_t>(planned);
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = CUDART_VERSION;
+  const Held held(lock);
+  *version = state().options.runtime == 0 ? CUDART_VERSION : state().options.runtime;
   return cudaSuccess;
 }
 

@@ -257,6 +257,14 @@ TEST_CASE("what is seen of devices") {
     CHECK(count == 0);
     cudaGetLastError();
   }
+  {
+    const Fresh gpu(Options{.runtime = 13050, .capability = 103, .compute_mode = cudaComputeModeExclusiveProcess});
+    int runtime = 0, minor = 0, mode = 0;
+    CHECK(cudaRuntimeGetVersion(&runtime) == cudaSuccess);
+    CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) == cudaSuccess);
+    CHECK(cudaDeviceGetAttribute(&mode, cudaDevAttrComputeMode, 0) == cudaSuccess);
+    CHECK(std::array{runtime, minor, mode} == std::array{13050, 3, int(cudaComputeModeExclusiveProcess)});
+  }
   const Fresh gpu(Options{.driver = 12040});
   int version = 0;
   CHECK(cudaDriverGetVersion(&version) == cudaSuccess);

@@ -169,6 +169,9 @@ Options options_from_environment() {
   number("VIRTUAL_GPU_SEED", o.seed);
   number("VIRTUAL_GPU_DEVICES", o.devices);
   number("VIRTUAL_GPU_DRIVER", o.driver);
+  number("VIRTUAL_GPU_RUNTIME", o.runtime);
+  number("VIRTUAL_GPU_CAPABILITY", o.capability);
+  number("VIRTUAL_GPU_COMPUTE_MODE", o.compute_mode);
   number("VIRTUAL_GPU_PEER_ACCESS", o.peer_access);
   number("VIRTUAL_GPU_LAZY_LOADING", o.lazy_loading);
   std::size_t mebibytes = o.memory >> 20;

@@ -17,6 +17,9 @@ struct Options {
   std::size_t memory = 4ull << 30;  // bytes of each
   bool peer_access = true;          // whether devices can reach each other
   int driver = 13000;               // what cudaDriverGetVersion says
+  int runtime = 0;                  // what cudaRuntimeGetVersion says; 0: the toolkit's
+  int capability = 90;              // compute capability
+  int compute_mode = 0;             // cudaComputeMode; said, not kept to
   Races races = Races::all;
   bool lazy_loading = false;    // the first launch of a kernel waits for all that the device has to do, as it may
   bool protection_keys = true;  // false: host access to device memory is kept out by mprotect, as without PKU

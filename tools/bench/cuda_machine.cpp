@@ -22,7 +22,9 @@ std::string gpu_line(int number, const Gpu& gpu) {
   return text("gpu ", number, ": ", gpu.name, ", ", gpu.memory >> 20, " MiB, compute capability ",
               attribute(cudaDevAttrComputeCapabilityMajor, number), ".",
               attribute(cudaDevAttrComputeCapabilityMinor, number), ", ",
-              attribute(cudaDevAttrMultiProcessorCount, number), " multiprocessors, ", gpu.bus_id, "\n");
+              attribute(cudaDevAttrMultiProcessorCount, number), " multiprocessors, ", gpu.bus_id, ", ",
+              gpu.exclusive ? "one process at a time" : "any number of processes", " (compute mode ",
+              attribute(cudaDevAttrComputeMode, number), ")\n");
 }
 
 void copy(Device& device, void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {

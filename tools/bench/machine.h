@@ -12,7 +12,8 @@ namespace distill::bench {
 // Versions, GPUs and which of them reach each other, a line each. An input error
 // where no GPU can be used.
 //   driver: CUDA 13.0, runtime: CUDA 13.0
-//   gpu 0: NVIDIA H100 80GB HBM3, 81559 MiB, compute capability 9.0, 132 multiprocessors, 0000:1B:00.0
+//   gpu 0: NVIDIA H100 80GB HBM3, 81559 MiB, compute capability 9.0, 132 multiprocessors, 0000:1B:00.0,
+//     any number of processes (compute mode 0)
 //   peer access 0 -> 1: yes
 std::string machine_text();
 
