@@ -4,8 +4,15 @@ set(DISTILL_MACHINE_CODE_UP_TO 9)  # major compute capability
 if(DISTILL_CUDA AND NOT DISTILL_SANITIZE)
   include(CheckLanguage)
   check_language(CUDA)
+endif()
+if(DISTILL_CUDA)
   find_package(CUDAToolkit 12.8 QUIET)
-  if(CMAKE_CUDA_COMPILER AND TARGET CUDA::cudart AND TARGET CUDA::cublasLt)
+  # Where headers and libraries are searched: the toolkit of nvcc first.
+  set(DISTILL_CUDA_INCLUDES HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV CUDA_HOME PATHS /usr/local/cuda ENV CUDA_PATH
+                            PATH_SUFFIXES include)
+  set(DISTILL_CUDA_LIBRARIES HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDA_HOME PATHS /usr/local/cuda ENV CUDA_PATH
+                             PATH_SUFFIXES lib lib64)
+  if(NOT DISTILL_SANITIZE AND CMAKE_CUDA_COMPILER AND TARGET CUDA::cudart AND TARGET CUDA::cublasLt)
     # Machine code for A100 and H100, and PTX that newer ones compile when they load it. Whoever names
     # others knows which GPUs they are for.
     if(CMAKE_CUDA_ARCHITECTURES)
@@ -46,6 +53,8 @@ else()
 endif()
 if(DISTILL_HAS_CUDA)
   message(STATUS "CUDA backend: ${CUDAToolkit_VERSION}")
+elseif(CMAKE_CUDA_COMPILER)
+  message(STATUS "CUDA backend: left out: no cudart and cublasLt of CUDA 12.8 or newer with ${CMAKE_CUDA_COMPILER}")
 else()
   message(STATUS "CUDA backend: left out")
 endif()

@@ -5,7 +5,11 @@ packages="g++ cmake ninja-build ccache pkg-config openmpi-bin libopenmpi-dev lib
 libdnnl-dev libhwy-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libxxhash-dev wordnet-base
 iproute2 util-linux mold $*"
 # The virtual GPU runs threads of a GPU as fibers.
-[ ! -e "${CUDA_PATH:-/usr/local/cuda}/include/cuda_runtime.h" ] || packages="$packages libboost-context-dev"
+if command -v nvcc >/dev/null || [ -e "${CUDA_HOME:-${CUDA_PATH:-/usr/local/cuda}}/include/cuda_runtime.h" ]; then
+  packages="$packages libboost-context-dev"
+fi
+command -v dpkg-query >/dev/null ||
+  { echo "dependencies: not Debian: install what these packages are for by hand: $packages" | tr '\n' ' ' >&2; echo >&2; exit 1; }
 
 missing=""
 for package in $packages; do
