@@ -64,6 +64,8 @@ int gpu_scale() { return 2000; }
 
 std::uint64_t gpu_copies() { return copies; }
 
+std::uint64_t gpu_launches() { throw std::logic_error("launches of a real GPU are not counted"); }
+
 void fail_next(const std::string& call, int) {
   throw std::logic_error("a call of a real GPU cannot be made to fail: " + call);
 }

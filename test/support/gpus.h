@@ -24,6 +24,9 @@ int gpu_scale();
 // Copies that this program has asked for so far.
 std::uint64_t gpu_copies();
 
+// Kernels that this program has launched so far. Only of virtual GPUs.
+std::uint64_t gpu_launches();
+
 // The next call of this name returns this error (cudaError_t) and does nothing. Only of virtual GPUs.
 void fail_next(const std::string& call, int error);
 

@@ -21,6 +21,8 @@ std::uint64_t gpu_copies() {
   return count;
 }
 
+std::uint64_t gpu_launches() { return virtual_gpu::calls("cudaLaunchKernelExC"); }
+
 void fail_next(const std::string& call, int error) { virtual_gpu::fail(call, 1, error); }
 
 std::vector<std::string> take_gpu_reports() {

@@ -47,7 +47,8 @@ stub() {
   { echo '#!/bin/sh'; cat; } >"$scratch/$1"
   chmod +x "$scratch/$1"
 }
-# make_stubs GPUS REACHED: a build tree whose programs find nothing wrong on so many GPUs, which reach each other or not.
+# make_stubs GPUS REACHED [HOW]: a build tree whose programs find nothing wrong on so many GPUs, which reach each other or
+# not and take processes like that.
 make_stubs() {
   rm -rf "$scratch/build"
   mkdir -p "$scratch/build"
@@ -66,13 +67,14 @@ TEXT
 n=$2; shift 5
 while [ "$n" -gt 0 ]; do "$@" || exit; n=$((n - 1)); done
 TEXT
-  for test in kernels/device_test kernels/loss_test apps/golden_test parallel/gpu_channel_test parallel/group_on_device_test; do
+  for test in kernels/device_test kernels/loss_test kernels/sharded_loss_test kernels/cudnn_attention_test apps/golden_test \
+    parallel/gpu_channel_test parallel/group_on_device_test; do
     echo 'echo "All tests passed (1 assertion in 1 test case)"' | stub "build/test/${test}_cuda"
   done
   stub build/tools/bench/gpu_bench <<TEXT
-if [ "\$1" = cuda ]; then echo "| operation | \$2 |"; exit; fi
+if [ "\$1" = cuda ]; then printf '| operation | %s |\n| distill_loss | 1 |\n' "\$2"; exit; fi
 echo "driver: CUDA 13.0, runtime: CUDA 13.0"
-echo "gpu 0: Stub GPU"
+echo "gpu 0: Stub GPU, 81559 MiB, compute capability 9.0, ${3-any number of processes}"
 [ $1 = 1 ] || echo "gpu 1: Stub GPU"
 [ $1 = 1 ] || echo "peer access 0 -> 1: $2"
 TEXT
@@ -93,8 +95,8 @@ stubs() {
   set -- --build "$scratch/build" --out "$report"
   make_stubs 2 yes
   expect 0 PASSED "$@"
-  [ "$(tail -1 "$report")" = PASSED ]
-  [ "$(grep -c '| pass |' "$report")" = 19 ]
+  [ "$(tail -1 "$report")" = "PASSED, 1 skipped: logits channel between GPUs without peer access" ]
+  [ "$(grep -c '| pass |' "$report")" = 30 ]
   reports '^| logits channel between GPUs without peer access | skip | 0 | GPUs 0 and 1 reach each other |$'
   reports '^0, Stub GPU, 580.1$'
   reports '^distill stub$'
@@ -107,36 +109,65 @@ stubs() {
   reports '^| logits channel between GPUs without peer access | pass |'
   make_stubs 1 no
   expect 0 PASSED "$@"
-  [ "$(grep -c '| skip | 0 | one GPU' "$report")" = 3 ]
+  [ "$(grep -c '| skip | 0 | one GPU' "$report")" = 4 ]
+  [ "$(tail -1 "$report")" = "PASSED, 4 skipped: logits channel between two GPUs; logits channel between GPUs without peer \
+access; groups over NCCL; program on grids of two GPUs" ]
+  make_stubs 1 no "one process at a time"
+  expect 0 "PASSED, 8 skipped: logits channel between two processes on one GPU; " "$@"
+  [ "$(grep -c '| skip | 0 | GPU 0 takes one process' "$report")" = 4 ]
 
-  # A test without cases, one of two ranks silent, a wrong result, a benchmark that ends.
+  # A second GPU and no NCCL; no cuDNN, and a GPU that it does not take.
+  make_stubs 2 yes
+  echo true | stub bin/ldd
+  expect 1 "FAILED: groups over NCCL" "$@"
+  reports '^| program on grids of two GPUs | skip | 0 | built without NCCL'
+  make_stubs 2 yes
+  sed -i 's/echo "distill stub"/echo "cuda (no cuDNN)"/' "$scratch/build/apps/distill"
+  expect 0 "PASSED, 3 skipped: cuDNN's attention against its formula; " "$@"
+  make_stubs 2 yes
+  sed -i 's/^name=.*/&; case $name in *cudnn) echo "warning: our own attention is used: why" ;; esac/' "$scratch/build/apps/distill"
+  expect 0 "PASSED, 2 skipped: " "$@"
+  reports "^| program bf16, cuDNN's attention against ours | skip | 0 | warning: our own attention is used: why |$"
+
+  # A test without cases, one of two ranks silent, a wrong result, a benchmark that ends, or one without its last row.
   make_stubs 2 yes
   echo 'echo "No tests ran"' | stub build/test/kernels/device_test_cuda
   echo "mkdir $scratch/first 2>/dev/null && echo 'All tests passed'; true" | stub build/test/parallel/gpu_channel_test_cuda
   echo 'echo "1 of 2 failed"; exit 1' | stub build/test/apps/golden_test_cuda
-  sed -i 's/then echo/then exit 3; echo/' "$scratch/build/tools/bench/gpu_bench"
+  sed -i 's/then printf/then exit 3; printf/' "$scratch/build/tools/bench/gpu_bench"
   expect 1 "FAILED: operations against their formulas; models against torch; logits channel between two processes on one \
 GPU; logits channel between two GPUs; benchmark" "$@"
   reports '^| operations against their formulas | FAIL | [0-9]* | ended well without having run'
   reports '^| models against torch | FAIL | [0-9]* | exit code 1: 1 of 2 failed |$'
   reports '^### models against torch$'
 
+  make_stubs 2 yes
+  sed -i 's/.n| distill_loss | 1 |//' "$scratch/build/tools/bench/gpu_bench"
+  expect 1 "FAILED: benchmark" "$@"
+
   # Losses a bit too far apart, and just not; a bit that differs; no number; a step too few; a run that fails.
   make_stubs 2 yes
   echo '3s/5.5/5.501/' >"$scratch/fp32-cuda"
   cp "$scratch/fp32-cuda" "$scratch/fp32-cuda2"
   echo '3s/5.5/5.501/; 4s/3e-2/2.5e-2/' >"$scratch/bf16-cuda"
-  expect 1 "FAILED: program fp32, cuda against cpu; program bf16, two ranks against one: the same bits" "$@"
+  echo '3s/5.5/6/' >"$scratch/bf16-cudnn"
+  echo '3s/5.5/5.501/' >"$scratch/student-pp"
+  expect 1 "FAILED: program fp32, cuda against cpu; program bf16, two ranks against one: the same bits; program bf16, \
+cuDNN's attention against ours; program on two GPUs, pp: 2, against cpu" "$@"
+  rm "$scratch/bf16-cudnn" "$scratch/student-pp"
   reports '^| program fp32, cuda against cpu | FAIL | 0 | .* in 10 steps: 0.00018 0; allowed 1e-4'
   echo '11s/5.5/nan/' >"$scratch/fp32-cuda"
   echo '11d' >"$scratch/bf16-cuda"
   cp "$scratch/bf16-cuda" "$scratch/bf16-cuda2"
+  cp "$scratch/bf16-cuda" "$scratch/bf16-cudnn"
   expect 1 "FAILED: program fp32, cuda against cpu; program fp32, two ranks against one: the same bits; \
-program bf16, cuda against cpu; program bf16, two ranks against one: the same bits" "$@"
+program bf16, cuda against cpu; program bf16, two ranks against one: the same bits; program bf16, cuDNN's attention \
+against ours" "$@"
   reports '^| program fp32, cuda against cpu | FAIL | 0 | .*: incomparable;'
   sed -i 's/^name=.*/&; case $* in *fp32*=cuda* | *=cuda*fp32*) echo "distill: lost"; exit 1 ;; esac/' "$scratch/build/apps/distill"
-  rm "$scratch/bf16-cuda" "$scratch/bf16-cuda2"
-  expect 1 "FAILED: program fp32, device: cuda, one rank; program fp32, device: cuda, two ranks" "$@"
+  rm "$scratch"/bf16-*
+  expect 1 "FAILED: program fp32, device: cuda, one rank; program fp32, device: cuda, two ranks; program on two GPUs, \
+tp: 2; program on two GPUs, pp: 2; program on two GPUs, dp: 2" "$@"
   reports '^| program fp32, cuda against cpu | skip | 0 | a run failed |$'
   echo 'echo "gpu_bench: no GPU is visible" >&2; exit 2' | stub build/tools/bench/gpu_bench
   expect 2 "gpu_check.sh: no GPU is visible" "$@"
@@ -146,12 +177,19 @@ TEXT
   expect 1 "gpu_check.sh: FAILED: the build" "$@"
   echo true | stub bin/cmake
   expect 2 "gpu_check.sh: building for it needs the CUDA toolkit" "$@"
+
+  # Nothing can be installed; what is there cannot be configured.
+  for command in dpkg-query apt-get sudo cmake; do echo 'exit 1' | stub bin/$command; done
+  expect 2 "install them, then cmake --preset release -DDISTILL_TESTS=ON, then tools/gpu_check.sh --build build/release"
+  echo 'echo installed' | stub bin/dpkg-query
+  expect 2 "gpu_check.sh: the build cannot be configured (above)"
 }
 
 virtual() {
   expect 0 PASSED --virtual --build "$1" --out "$report"
   reports '^| groups over NCCL | pass |'
-  [ "$(tail -1 "$report")" = PASSED ]
+  reports '^| program on two GPUs, pp: 2, against cpu | pass |'
+  reports "^PASSED, 3 skipped: cuDNN's attention against its formula; logits channel between GPUs without peer access; "
 }
 
 faults() {
@@ -170,10 +208,16 @@ faults() {
     expect 0 PASSED "$@"
   )
   reports '^| logits channel between GPUs without peer access | pass |'
+  (
+    export VIRTUAL_GPU_DEVICES=1 VIRTUAL_GPU_COMPUTE_MODE=3
+    expect 0 PASSED "$@"
+  )
+  reports '^| program bf16, device: cuda, two ranks | skip | 0 | GPU 0 takes one process at a time'
   # The second allocation of every process fails.
   (
     export VIRTUAL_GPU_FAIL=cudaMalloc:2:cudaErrorECCUncorrectable
-    expect 1 "FAILED: losses against their formulas; program fp32, device: cuda, one rank; program fp32, device: cuda, two" "$@"
+    expect 1 "FAILED: losses against their formulas; losses over a cut vocabulary; program fp32, device: cuda, one rank; \
+program fp32, device: cuda, two" "$@"
   )
   reports cudaErrorECCUncorrectable
 }
