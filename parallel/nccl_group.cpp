@@ -66,6 +66,7 @@ class Way {
   }
   Way(Way&& other) noexcept : comm_(other.comm_.exchange(nullptr)), stream_(std::exchange(other.stream_, nullptr)) {}
   ~Way() {
+    if (std::uncaught_exceptions() > exceptions_at_start_) abort();  // while the group is made
     if (comm_) ncclCommDestroy(comm_);
     if (stream_) cudaStreamDestroy(stream_);
   }
@@ -79,10 +80,21 @@ class Way {
  private:
   std::atomic<ncclComm_t> comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
+  int exceptions_at_start_ = std::uncaught_exceptions();
+};
+
+// What the device asks while the host waits for it.
+class Watching {
+ public:
+  Watching(Device& device, Device::Watch watch) : device_(device) { device_.add_watch(this, std::move(watch)); }
+  ~Watching() { device_.remove_watch(this); }
+  Watching(const Watching&) = delete;
+
+ private:
+  Device& device_;
 };
 
 std::string new_id() {
-  setenv("NCCL_RUNTIME_CONNECT", "0", 0);  // connect when a communicator is made, for every kind of operation
   ncclUniqueId id{};
   check_nccl(ncclGetUniqueId(&id), "ncclGetUniqueId");
   return {reinterpret_cast<const char*>(&id), sizeof id};
@@ -97,7 +109,7 @@ class NcclGroup final : public GroupOnDevice {
       : GroupOnDevice(device, std::move(host_group)),
         compute_(static_cast<cudaStream_t>(device.native_stream())),
         traffic_(traffic) {
-    device.add_watch(this, [this](std::chrono::milliseconds waited) { look(waited); });
+    setenv("NCCL_RUNTIME_CONNECT", "0", 0);  // connect when a communicator is made, for every kind of operation
     if (traffic == GpuTraffic::collectives) {
       const std::string id = host().broadcast(rank() == 0 ? new_id() : "", 0);
       collectives_.emplace_back(id, rank(), size());
@@ -107,7 +119,6 @@ class NcclGroup final : public GroupOnDevice {
     greet();
   }
   ~NcclGroup() override {
-    device().remove_watch(this);
     // An error that passes may be the end of the other ranks: what waits for them is given up.
     if (std::uncaught_exceptions() > exceptions_at_start_)
       for_all_ways([](Way& way) { way.abort(); });
@@ -289,6 +300,7 @@ class NcclGroup final : public GroupOnDevice {
   Events free_events_;
   bool is_stall_reported_ = false;  // of the present wait
   int exceptions_at_start_ = std::uncaught_exceptions();
+  Watching watching_{device(), [this](std::chrono::milliseconds waited) { look(waited); }};
 };
 
 }  // namespace
