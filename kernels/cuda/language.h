@@ -170,17 +170,20 @@ using ::virtual_gpu::ldmatrix_x4_transposed;
 // then not read). They belong to the group that copy_async_commit closes; copy_async_wait<n> waits until at most n
 // groups of this thread are unfinished. Other threads see the bytes after a barrier that follows the wait.
 
+inline void ask_for_shared_memory(const void* kernel, const Grid& grid) {
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
+             grid.where);
+}
+
 // Puts the kernel on the stream. No blocks: nothing. Throws when the launch fails, with the caller's line.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const Grid& grid, cudaStream_t stream, const A&... args) {
   static_assert(sizeof...(P) == sizeof...(A), "the kernel takes another number of arguments");
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
   make_launchable(kernel);
-  constexpr std::size_t given_without_asking = 48 << 10;
-  if (grid.shared_bytes > given_without_asking)
-    cuda_check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(grid.shared_bytes)),
-               grid.where);
+  // 48 KiB are given without asking, for both kinds together; no kernel has more than 16 KiB of arrays of its own.
+  constexpr std::size_t given_without_asking = (48 - 16) << 10;
+  if (grid.shared_bytes > given_without_asking) ask_for_shared_memory(reinterpret_cast<const void*>(kernel), grid);
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;
   config.blockDim = grid.threads;

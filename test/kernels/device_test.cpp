@@ -381,9 +381,11 @@ TEST_CASE("gemm without rows, columns or terms", "[device]") {
 struct NormShape {
   std::int64_t rows, groups, width, gap;
 };
+// The widest one takes more shared memory than a GPU gives without being asked.
 NormShape any_norm_shape() {
-  const NormShape s = GENERATE(NormShape{0, 1, 8, 0}, NormShape{1, 1, 1, 0}, NormShape{5, 1, 33, 2},
-                               NormShape{3, 4, 16, 5}, NormShape{150, 3, 24, 0}, NormShape{2, 1, 1000, 0});
+  const NormShape s =
+      GENERATE(NormShape{0, 1, 8, 0}, NormShape{1, 1, 1, 0}, NormShape{5, 1, 33, 2}, NormShape{3, 4, 16, 5},
+               NormShape{150, 3, 24, 0}, NormShape{2, 1, 1000, 0}, NormShape{1, 1, 12000, 0});
   return s;
 }
 constexpr float eps = 1e-5f;

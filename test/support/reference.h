@@ -170,13 +170,15 @@ inline NormGradients rms_norm_backward(const Arithmetic& n, const Matrix& dy, co
                                        const Matrix& inv, const Matrix& dw_before) {
   const std::int64_t width = w.cols;
   NormGradients out;
-  out.dx = matrix(x.rows, x.cols, [&](auto r, auto i) {
-    const std::int64_t g = i / width;
+  const Matrix shares = matrix(x.rows, x.cols / width, [&](auto r, auto g) {
     std::vector<Number> along;
     for (std::int64_t j = 0; j < width; ++j)
       along.push_back(n.mul(n.mul(dy(r, g * width + j), w(0, j)), x(r, g * width + j)));
-    const Number share = n.div(n.mul(n.mul(n.sum(along), inv(r, g)), inv(r, g)), double(width));
-    return n.mul(inv(r, g), n.sub(n.mul(dy(r, i), w(0, i % width)), n.mul(x(r, i), share)));
+    return n.div(n.mul(n.mul(n.sum(along), inv(r, g)), inv(r, g)), double(width));
+  });
+  out.dx = matrix(x.rows, x.cols, [&](auto r, auto i) {
+    const std::int64_t g = i / width;
+    return n.mul(inv(r, g), n.sub(n.mul(dy(r, i), w(0, i % width)), n.mul(x(r, i), shares(r, g))));
   });
   out.dw = matrix(1, width, [&](auto, auto i) {
     std::vector<Number> terms = {dw_before(0, i)};

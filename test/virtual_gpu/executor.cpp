@@ -34,7 +34,7 @@ using boost::context::detail::transfer_t;
 constexpr std::size_t page = 4096, stack_bytes = 256 << 10;
 constexpr int most_threads = 1024;
 constexpr std::size_t stacks_bytes = most_threads * stack_bytes, own_bytes = stacks_bytes + (64 << 20);
-constexpr std::size_t shared_bytes = 227 << 10, static_shared_bytes = 48 << 10, shared_gap = 64;
+constexpr std::size_t shared_bytes = 227 << 10, shared_gap = 64;
 
 struct Fiber {
   fcontext_t context = nullptr;
@@ -87,7 +87,7 @@ struct Executor {
   bool backwards = false;
   std::vector<SharedArray> arrays;
   std::size_t shared_used = 0, static_used = 0;
-  std::size_t dynamic_bytes = 0;
+  std::size_t dynamic_bytes = 0, most_static = 0;
   // the block
   std::uint64_t block = 0;  // counts all blocks ever run
   int total = 0, started = 0, finished = 0;
@@ -168,7 +168,8 @@ Fiber* idle_fiber() {
     auto fiber = std::make_unique<Fiber>();
     char* low = e.stacks + e.fibers.size() * stack_bytes;
     mprotect(low, page, PROT_NONE);  // an overflow stops here
-    // Each stack begins a little lower than the last, else all of them would share a few lines of the processor's cache.
+    // Each stack begins a little lower than the last, else all of them would share a few lines of the processor's
+    // cache.
     const std::size_t shift = e.fibers.size() % 128 * (9 * 64);
     fiber->stack = low + page;
     fiber->size = stack_bytes - page - shift;
@@ -374,6 +375,7 @@ cudaError_t execute(const LaunchShape& shape, const Body& body) {
   e.arrays.clear();
   e.shared_used = e.static_used = 0;
   e.dynamic_bytes = shape.dynamic_bytes;
+  e.most_static = shape.most_static_bytes;
   gridDim = shape.grid;
   blockDim = shape.block;
   races_begin_launch(shape, state().options.races, {e.stacks, own_bytes}, {e.shared, room});
@@ -403,9 +405,9 @@ void* shared_array(const void* key, std::size_t bytes, const char* name) {
     if (a.key == key) found = &a;
   if (found == nullptr) {
     e.static_used += bytes;
-    if (e.static_used > static_shared_bytes || e.static_used + e.dynamic_bytes > shared_bytes)
+    if (e.static_used > e.most_static)
       fault("shared memory", join(name, ": ", e.static_used, " bytes of static and ", e.dynamic_bytes,
-                                  " of dynamic shared memory are more than a block has"));
+                                  " of dynamic shared memory are more than was asked for, or than a block has"));
     e.arrays.push_back({key, place_shared(bytes, name), bytes, 0});
     found = &e.arrays.back();
   }

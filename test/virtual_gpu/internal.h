@@ -191,7 +191,7 @@ bool check_range(const char* what, const void* address, std::size_t bytes, bool 
 struct LaunchShape {
   const void* kernel;
   dim3 grid, block;
-  std::size_t dynamic_bytes;
+  std::size_t dynamic_bytes, most_static_bytes;  // shared memory; what remains for the kernel's own arrays
   int device;
 };
 bool is_launchable(const void* kernel);

@@ -124,6 +124,13 @@ __global__ void beyond_shared(float* x) {
   tile[threadIdx.x + 1] = 1;
   x[0] = tile[0];
 }
+// Half a KiB of its own, and what the launch gives.
+__global__ void uses_both_kinds(float* x) {
+  SHARED_ARRAY(float, tile, 128);
+  float* const rest = dynamic_shared<float>();
+  tile[0] = rest[0] = 1;
+  x[0] = tile[0] + rest[0];
+}
 
 // What code without any instrumentation, such as a library's, would do.
 __attribute__((no_sanitize("thread", "address"))) __global__ void quietly_beyond(char* x, int n) { x[n] = 1; }
@@ -382,6 +389,25 @@ TEST_CASE("planted: a kernel writes one element beyond a shared array") {
   CHECK_THAT(
       planted("one element beyond shared memory"),
       Catch::Contains("0 bytes beyond the end of the shared array tile at") || Catch::Contains("use-after-poison"));
+}
+
+// The launch that asks is kernels/cuda/language.h's; this one is CUDA's.
+TEST_CASE("planted: static and dynamic shared memory that nobody asked for is more than a block gets") {
+  const std::size_t dynamic = GENERATE(48 << 10, (48 << 10) - 512);
+  const Fresh gpu;
+  float* x = on_device(std::vector<float>(1));
+  make_launchable(uses_both_kinds);
+  cudaLaunchConfig_t config{};
+  config.gridDim = config.blockDim = 1;
+  config.dynamicSmemBytes = dynamic;
+  REQUIRE(cudaLaunchKernelEx(&config, uses_both_kinds, x) == cudaSuccess);
+  if (dynamic == 48 << 10) {
+    CHECK(cudaDeviceSynchronize() == cudaErrorLaunchFailure);
+    CHECK_THAT(taken("shared memory"), Catch::Contains("512 bytes of static and 49152 of dynamic"));
+  } else {
+    CHECK(from_device(x, 1)[0] == 2);
+    CHECK(cudaFree(x) == cudaSuccess);
+  }
 }
 
 TEST_CASE("planted: a write beyond the end that nothing observes is found when the memory is freed") {

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 
@@ -579,6 +580,10 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEve
 
 // --- launches
 
+// Shared memory of a block, static and dynamic together: what a GPU gives, and what it gives to a kernel for which
+// nothing was asked. Static memory alone is never more than that.
+static constexpr std::size_t shared_memory = 227 << 10, without_asking = 48 << 10;
+
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   return on_stream("cudaLaunchKernelExC", config->stream, [&](Held& held, const std::shared_ptr<Stream>& stream) {
     const dim3 grid = config->gridDim, block = config->blockDim;
@@ -589,13 +594,16 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     if (block.x == 0 || block.y == 0 || block.z == 0 || block.x > 1024 || block.y > 1024 || block.z > 64 ||
         block.x * block.y * block.z > 1024)
       return cudaErrorInvalidConfiguration;
-    const auto limit = state().shared_limits.find(kernel);
-    if (config->dynamicSmemBytes >
-        static_cast<std::size_t>(limit == state().shared_limits.end() ? 48 << 10 : limit->second))
-      return cudaErrorInvalidValue;
+    const std::size_t dynamic = config->dynamicSmemBytes;
+    const auto asked = state().shared_limits.find(kernel);
+    const bool has_asked = asked != state().shared_limits.end();
+    if (dynamic > (has_asked ? static_cast<std::size_t>(asked->second) : without_asking)) return cudaErrorInvalidValue;
+    const std::size_t most_static =
+        has_asked ? std::min(without_asking, shared_memory - static_cast<std::size_t>(asked->second))
+                  : without_asking - dynamic;
     if (state().loaded.insert(kernel).second && state().options.lazy_loading)
       wait_for(held, everything(current_device));
-    const LaunchShape shape{kernel, grid, block, config->dynamicSmemBytes, stream->device};
+    const LaunchShape shape{kernel, grid, block, dynamic, most_static, stream->device};
     enqueue(stream, {"kernel",
                      [shape, body = bind_arguments(kernel, arguments)] {
                        const cudaError_t result = execute(shape, body);
@@ -609,7 +617,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   return call("cudaFuncSetAttribute", work, [&](Held&) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // hints
-    if (value < 0 || value > 227 << 10) return cudaErrorInvalidValue;
+    if (value < 0 || static_cast<std::size_t>(value) > shared_memory) return cudaErrorInvalidValue;
     state().shared_limits[kernel] = value;
     return cudaSuccess;
   });
