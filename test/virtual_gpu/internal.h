@@ -94,6 +94,7 @@ class Memory {
 
 // --- streams
 
+extern thread_local int current_device;
 struct Stream;
 struct Point {
   std::shared_ptr<Stream> stream;
@@ -121,6 +122,7 @@ struct InterprocessEvent {
   std::uint64_t issued, done;  // records asked for, records reached; touched atomically
 };
 struct Event {
+  int device = current_device;
   bool timing = true, interprocess = false, opened = false;
   bool recorded = false;
   Point point;
@@ -159,7 +161,6 @@ struct State {
 extern std::mutex lock;
 extern std::condition_variable changed;
 State& state();  // made at the first use; the lock is held
-extern thread_local int current_device;
 
 // Work goes on by itself from now on: another process waits for ours.
 void need_background();

@@ -368,6 +368,29 @@ TEST_CASE("planted: an asynchronous copy that nobody waits for") {
   CHECK_THAT(taken("copy not waited for"), Catch::Contains("planted_test.cpp:"));
 }
 
+// --- devices
+
+TEST_CASE("planted: a kernel or an event on a stream of another device") {
+  const Fresh gpu;
+  float* x = on_device(std::vector<float>(100, 1.0f));
+  cudaStream_t first;
+  cudaEvent_t event;
+  cudaStreamCreateWithFlags(&first, cudaStreamNonBlocking);
+  cudaSetDevice(1);
+  cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  CHECK_THROWS_WITH(launch(add_one, Grid(1, 128), first, x, 100), Catch::Contains("cudaErrorInvalidResourceHandle"));
+  CHECK(cudaEventRecord(event, first) == cudaErrorInvalidResourceHandle);
+  CHECK(cudaGetLastError() == cudaErrorInvalidResourceHandle);
+  CHECK(cudaEventRecord(event, nullptr) == cudaSuccess);
+  cudaSetDevice(0);
+  launch(add_one, Grid(1, 128), first, x, 100);
+  CHECK(cudaStreamWaitEvent(first, event, 0) == cudaSuccess);
+  CHECK(cudaStreamSynchronize(first) == cudaSuccess);
+  cudaEventDestroy(event);
+  cudaStreamDestroy(first);
+  cudaFree(x);
+}
+
 // --- memory
 
 TEST_CASE("one element beyond the end", "[.]") {

@@ -18,7 +18,7 @@ cudaDeviceProp described(int device) {
   p.uuid.bytes[15] = static_cast<char>(physical);
   p.totalGlobalMem = state().options.memory;
   p.sharedMemPerBlock = 48 << 10;
-  p.sharedMemPerBlockOptin = 227 << 10;
+  p.sharedMemPerBlockOptin = state().options.shared_memory;
   p.sharedMemPerMultiprocessor = 228 << 10;
   p.reservedSharedMemPerBlock = 1 << 10;
   p.regsPerBlock = p.regsPerMultiprocessor = 65536;

@@ -515,7 +515,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t handle) {
 cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   return on_stream("cudaEventRecord", stream_handle, [&](Held&, const std::shared_ptr<Stream>& stream) {
     Event* e = event_of(handle);
-    if (e == nullptr) return cudaErrorInvalidResourceHandle;
+    if (e == nullptr || e->device != stream->device) return cudaErrorInvalidResourceHandle;
     if (e->shared != nullptr) {
       InterprocessEvent* shared = e->shared;
       const std::uint64_t record = __atomic_add_fetch(&shared->issued, 1, __ATOMIC_ACQ_REL);
@@ -580,13 +580,14 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEve
 
 // --- launches
 
-// Shared memory of a block, static and dynamic together: what a GPU gives, and what it gives to a kernel for which
-// nothing was asked. Static memory alone is never more than that.
-static constexpr std::size_t shared_memory = 227 << 10, without_asking = 48 << 10;
+// Shared memory of a block, static and dynamic together, of a kernel for which nothing was asked. Static memory alone
+// is never more.
+static constexpr std::size_t without_asking = 48 << 10;
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   return on_stream("cudaLaunchKernelExC", config->stream, [&](Held& held, const std::shared_ptr<Stream>& stream) {
     const dim3 grid = config->gridDim, block = config->blockDim;
+    if (stream->device != current_device) return cudaErrorInvalidResourceHandle;
     if (!is_launchable(kernel)) return cudaErrorInvalidDeviceFunction;
     if (config->numAttrs != 0) return cudaErrorNotSupported;
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
@@ -599,7 +600,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     const bool has_asked = asked != state().shared_limits.end();
     if (dynamic > (has_asked ? static_cast<std::size_t>(asked->second) : without_asking)) return cudaErrorInvalidValue;
     const std::size_t most_static =
-        has_asked ? std::min(without_asking, shared_memory - static_cast<std::size_t>(asked->second))
+        has_asked ? std::min(without_asking, state().options.shared_memory - static_cast<std::size_t>(asked->second))
                   : without_asking - dynamic;
     if (state().loaded.insert(kernel).second && state().options.lazy_loading)
       wait_for(held, everything(current_device));
@@ -617,7 +618,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   return call("cudaFuncSetAttribute", work, [&](Held&) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // hints
-    if (value < 0 || static_cast<std::size_t>(value) > shared_memory) return cudaErrorInvalidValue;
+    if (value < 0 || static_cast<std::size_t>(value) > state().options.shared_memory) return cudaErrorInvalidValue;
     state().shared_limits[kernel] = value;
     return cudaSuccess;
   });
@@ -656,6 +657,8 @@ cudaError_t cudaIpcOpenMemHandle(void** address, cudaIpcMemHandle_t handle, unsi
     if (wire.pid == getpid()) return cudaErrorDeviceUninitialized;  // as CUDA: not in the process that exported it
     if (!s.options.peer_access && wire.physical_device != s.visible[static_cast<std::size_t>(current_device)])
       return cudaErrorPeerAccessUnsupported;
+    if (s.options.isolated && std::find(s.visible.begin(), s.visible.end(), wire.physical_device) == s.visible.end())
+      return cudaErrorInvalidValue;
     auto& [allocation, count] = s.opened[std::string(reinterpret_cast<const char*>(&handle), sizeof handle)];
     if (count == 0) {
       const int fd = open_file(wire.pid, wire.fd);

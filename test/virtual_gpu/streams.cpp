@@ -173,10 +173,14 @@ Options options_from_environment() {
   number("VIRTUAL_GPU_CAPABILITY", o.capability);
   number("VIRTUAL_GPU_COMPUTE_MODE", o.compute_mode);
   number("VIRTUAL_GPU_PEER_ACCESS", o.peer_access);
+  number("VIRTUAL_GPU_ISOLATED", o.isolated);
   number("VIRTUAL_GPU_LAZY_LOADING", o.lazy_loading);
   std::size_t mebibytes = o.memory >> 20;
   number("VIRTUAL_GPU_MEMORY", mebibytes);
   o.memory = mebibytes << 20;
+  std::size_t kibibytes = o.shared_memory >> 10;
+  number("VIRTUAL_GPU_SHARED_MEMORY", kibibytes);
+  o.shared_memory = kibibytes << 10;
   const std::string races = text_of("VIRTUAL_GPU_RACES");
   if (races == "off") o.races = Races::off;
   if (races == "shared") o.races = Races::shared;

@@ -12,14 +12,16 @@ namespace virtual_gpu {
 enum class Races { off, shared, all };  // all: also between blocks, in global memory
 
 struct Options {
-  std::uint64_t seed = 1;           // order of independent streams and of threads within a block
-  int devices = 8;                  // described as H100
-  std::size_t memory = 4ull << 30;  // bytes of each
-  bool peer_access = true;          // whether devices can reach each other
-  int driver = 13000;               // what cudaDriverGetVersion says
-  int runtime = 0;                  // what cudaRuntimeGetVersion says; 0: the toolkit's
-  int capability = 90;              // compute capability
-  int compute_mode = 0;             // cudaComputeMode; said, not kept to
+  std::uint64_t seed = 1;                 // order of independent streams and of threads within a block
+  int devices = 8;                        // described as H100
+  std::size_t memory = 4ull << 30;        // bytes of each
+  std::size_t shared_memory = 227 << 10;  // bytes of a block, for a kernel that asks; not more
+  bool peer_access = true;                // whether devices can reach each other
+  bool isolated = false;                  // devices that CUDA_VISIBLE_DEVICES hides cannot be reached either
+  int driver = 13000;                     // what cudaDriverGetVersion says
+  int runtime = 0;                        // what cudaRuntimeGetVersion says; 0: the toolkit's
+  int capability = 90;                    // compute capability
+  int compute_mode = 0;                   // cudaComputeMode; said, not kept to
   Races races = Races::all;
   bool lazy_loading = false;    // the first launch of a kernel waits for all that the device has to do, as it may
   bool protection_keys = true;  // false: host access to device memory is kept out by mprotect, as without PKU
