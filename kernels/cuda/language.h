@@ -171,6 +171,11 @@ using ::virtual_gpu::ldmatrix_x4_transposed;
 // groups of this thread are unfinished. Other threads see the bytes after a barrier that follows the wait.
 
 inline void ask_for_shared_memory(const void* kernel, const Grid& grid) {
+  int device = 0, most = 0;
+  cuda_check(cudaGetDevice(&device), grid.where);
+  cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), grid.where);
+  check(grid.shared_bytes <= std::size_t(most), "the kernel at ", grid.where.file_name(), ":", grid.where.line(),
+        " needs ", grid.shared_bytes, " bytes of shared memory a block, this GPU gives ", most);
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
              grid.where);
 }

@@ -94,6 +94,27 @@ TEST_CASE("a call that fails is named", "[cuda]") {
   CHECK(begins_with(error.what(), "cudaErrorInvalidValue ("));
 }
 
+TEST_CASE("a GPU with too little shared memory for a kernel", "[cuda]") {
+  virtual_gpu::Options options = virtual_gpu::options_from_environment();
+  options.shared_memory = 99 << 10;
+  virtual_gpu::restart(options);
+  const auto device = make_cuda_device(0);
+  const std::vector<std::int32_t> begins{0, 1};
+  Tensor offsets = device->tensor(1, 2, DType::i32);
+  device->upload(offsets.view(), begins.data());
+  const auto attend = [&](DType type) {
+    Tensor x = device->tensor(1, 256, type), out = device->tensor(1, 256, type), log_sum = device->tensor(1, 1, type);
+    device->zero(x.view());
+    device->attention(out.view(), log_sum.view(), x.view(), x.view(), x.view(), {offsets.view(), 1},
+                      {.q_heads = 1, .kv_heads = 1, .head_dim = 256, .scale = 1});
+    device->synchronize();
+  };
+  CHECK_THAT(test::error_of([&] { attend(DType::f64); }).what(),
+             Catch::Contains("attention_plain.cuh:") &&
+                 Catch::Contains(" needs 139808 bytes of shared memory a block, this GPU gives 101376"));
+  attend(DType::f32);
+}
+
 TEST_CASE("sequences as cuDNN takes them are those of a plain loop", "[cuda]") {
   const auto device = device_with(64 * mib);
   const std::vector<std::int32_t> begins =

@@ -6,6 +6,7 @@
 #include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -547,7 +548,14 @@ void check_attention(Fixture& f, const AttentionCase& a, std::int64_t gap = 1) {
   const auto [q, k, v] = slices(qkv.view());
   const auto [dq, dk, dv] = slices(dqkv.view());
   Operand out = f.make(t, q_cols, 2 * gap), log_sum = f.make_wide(t, a.q_heads, 1), dout = f.make(t, q_cols, gap);
-  f.device.attention(out.view(), log_sum.view(), q, k, v, segments, shape);
+  try {
+    f.device.attention(out.view(), log_sum.view(), q, k, v, segments, shape);
+  } catch (const Error& error) {
+    // Not every GPU has the shared memory for the widest heads in f64, which is for checks only.
+    if (f.type != DType::f64 || a.head_dim <= 128 || !std::strstr(error.what(), "of shared memory a block")) throw;
+    WARN(error.what());
+    return;
+  }
   const Matrix all = qkv.numbers(), mq = reference::columns(all, 0, q_cols),
                mk = reference::columns(all, q_cols, kv_cols), mv = reference::columns(all, q_cols + kv_cols, kv_cols);
   const reference::AttentionFormula formula(f.arithmetic, mq, mk, mv, a.offsets, shape);
