@@ -4,7 +4,6 @@
 // the other side's stream wait for that event. So neither host waits for a GPU, and no logit is copied.
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -36,6 +35,19 @@ Handle handle_at(const std::string& bytes, std::size_t at) {
   return handle;
 }
 
+// A call between processes that this machine does not allow.
+struct Obstacle {
+  std::string text;
+};
+// Which error it gives depends on what is in the way: no peer access, devices hidden from this process, a container.
+// With any of them the logits can go another way, unless the error is one of the GPU itself, which stays.
+void check_between_processes(cudaError_t result, const char* call) {
+  if (result == cudaSuccess) return;
+  cudaGetLastError();  // it is dealt with
+  if (cudaDeviceSynchronize() != cudaSuccess) check_call(result);
+  throw Obstacle{text(call, ": ", cudaGetErrorName(result), " (", cudaGetErrorString(result), ")")};
+}
+
 // One a slot; `handles` is for the other process.
 std::vector<Event> make_events(int slots, std::string& handles) {
   std::vector<Event> events;
@@ -44,7 +56,7 @@ std::vector<Event> make_events(int slots, std::string& handles) {
     check_call(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventInterprocess));
     events.emplace_back(event);
     cudaIpcEventHandle_t handle{};
-    check_call(cudaIpcGetEventHandle(&handle, event));
+    check_between_processes(cudaIpcGetEventHandle(&handle, event), "cudaIpcGetEventHandle");
     handles += bytes_of(handle);
   }
   return events;
@@ -54,7 +66,8 @@ std::vector<Event> open_events(int slots, const std::string& bytes, std::size_t 
   std::vector<Event> events;
   for (int i = 0; i < slots; ++i, at += sizeof(cudaIpcEventHandle_t)) {
     cudaEvent_t event{};
-    check_call(cudaIpcOpenEventHandle(&event, handle_at<cudaIpcEventHandle_t>(bytes, at)));
+    check_between_processes(cudaIpcOpenEventHandle(&event, handle_at<cudaIpcEventHandle_t>(bytes, at)),
+                            "cudaIpcOpenEventHandle");
     events.emplace_back(event);
   }
   return events;
@@ -189,20 +202,6 @@ RingEnd ring_end(const ChannelEnd& end, Side side, Parts parts, Device& device) 
   return {std::make_unique<GpuRing>(end, side, std::move(parts), stream), end.shape, end.self, end.other, end.patience};
 }
 
-// Whether an error of getting or opening a handle means that this machine has no such way, and no more.
-bool is_obstacle(cudaError_t result) {
-  constexpr cudaError_t obstacles[] = {cudaErrorPeerAccessUnsupported, cudaErrorNotSupported, cudaErrorInvalidDevice,
-                                       cudaErrorMapBufferObjectFailed, cudaErrorTooManyPeers};
-  return std::find(std::begin(obstacles), std::end(obstacles), result) != std::end(obstacles);
-}
-// Empty when the call succeeded, else what stands in the way.
-std::string obstacle_of(cudaError_t result, const char* call) {
-  if (result == cudaSuccess) return {};
-  if (!is_obstacle(result)) check_call(result);
-  cudaGetLastError();  // it is dealt with
-  return text(call, ": ", cudaGetErrorString(result));
-}
-
 // Payloads: "+" and handles, or "-" and an obstacle.
 constexpr char is_possible = '+', is_impossible = '-';
 bool says_no(const std::string& payload, std::string& obstacle) {
@@ -210,6 +209,17 @@ bool says_no(const std::string& payload, std::string& obstacle) {
   if (payload[0] == is_possible) return false;
   obstacle = payload.substr(1);
   return true;
+}
+// What body gives for the other side, or the obstacle that it met.
+template <class Body>
+Answer answer_of(const Body& body) {
+  return Answer::of([&] {
+    try {
+      return is_possible + body();
+    } catch (const Obstacle& obstacle) {
+      return is_impossible + obstacle.text;
+    }
+  });
 }
 
 }  // namespace
@@ -219,19 +229,18 @@ std::unique_ptr<LogitsSink> open_gpu_sink(Communicator& group, int student, cons
   ChannelEnd end = end_between(group, student, shape);
   std::shared_ptr<SharedSegment> segment;
   Parts parts;
-  const Answer offer = Answer::of([&] {
+  const Answer offer = answer_of([&] {
     check(shape.positions > 0 && shape.columns > 0 && shape.slots > 0, "the logits channel: ", shape_text(shape));
     parts.own = device.allocate(std::size_t(shape.slots) * slot_bytes(shape));
     cudaIpcMemHandle_t handle{};
-    if (const auto no = obstacle_of(cudaIpcGetMemHandle(&handle, parts.own.get()), "cudaIpcGetMemHandle"); !no.empty())
-      return is_impossible + no;
+    check_between_processes(cudaIpcGetMemHandle(&handle, parts.own.get()), "cudaIpcGetMemHandle");
     std::string handles;
     parts.mine = make_events(shape.slots, handles);
     segment =
         std::make_shared<SharedSegment>(SharedSegment::create(control_bytes(shape), "the words of the logits channel"));
     start_channel(segment->data(), shape);
     end.memory = GroupMemory::Block(segment, segment->data());
-    return is_possible + bytes_of(handle) + handles + segment->name() + '\n' + shape_text(shape);
+    return bytes_of(handle) + handles + segment->name() + '\n' + shape_text(shape);
   });
   group.send(offer.packed(), student);
   offer.check();
@@ -241,13 +250,14 @@ std::unique_ptr<LogitsSink> open_gpu_sink(Communicator& group, int student, cons
   reply.check();
   if (says_no(reply.payload, obstacle)) return nullptr;
   std::unique_ptr<LogitsSink> sink;
-  const Answer last = Answer::of([&] {
+  const Answer last = answer_of([&] {
     parts.theirs = open_events(shape.slots, reply.payload, 1);
     sink = make_sink(ring_end(end, Side::teacher, std::move(parts), device));
     return std::string();
   });
   group.send(last.packed(), student);
   last.check();
+  if (says_no(last.payload, obstacle)) group.recv(student);  // it has closed the memory, which may go now
   return sink;
 }
 
@@ -258,7 +268,7 @@ std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher,
   offer.check();
   if (says_no(offer.payload, obstacle)) return nullptr;
   Parts parts;
-  const Answer reply = Answer::of([&] {
+  const Answer reply = answer_of([&] {
     constexpr std::size_t events_at = 1 + sizeof(cudaIpcMemHandle_t);
     const std::size_t name_at = events_at + std::size_t(shape.slots) * sizeof(cudaIpcEventHandle_t);
     check(offer.payload.size() > name_at, "the logits channel: the two ends disagree on the number of slots");
@@ -267,9 +277,9 @@ std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher,
     check(here == there, "the logits channel between ", name_of(end.self), " and ", name_of(end.other), " has ", there,
           " on one side and ", here, " on the other");
     void* memory = nullptr;
-    const cudaError_t result =
-        cudaIpcOpenMemHandle(&memory, handle_at<cudaIpcMemHandle_t>(offer.payload, 1), cudaIpcMemLazyEnablePeerAccess);
-    if (const auto no = obstacle_of(result, "cudaIpcOpenMemHandle"); !no.empty()) return is_impossible + no;
+    check_between_processes(
+        cudaIpcOpenMemHandle(&memory, handle_at<cudaIpcMemHandle_t>(offer.payload, 1), cudaIpcMemLazyEnablePeerAccess),
+        "cudaIpcOpenMemHandle");
     parts.opened.reset(memory);
     parts.theirs = open_events(shape.slots, offer.payload, events_at);
     const auto segment = std::make_shared<SharedSegment>(
@@ -277,12 +287,20 @@ std::unique_ptr<TeacherSource> open_gpu_source(Communicator& group, int teacher,
     end.memory = GroupMemory::Block(segment, segment->data());
     std::string handles;
     parts.mine = make_events(shape.slots, handles);
-    return is_possible + handles;
+    return handles;
   });
+  const bool gave_up = !reply.error && says_no(reply.payload, obstacle);
+  if (gave_up) parts = {};  // before the teacher frees the memory
   group.send(reply.packed(), teacher);
   reply.check();
-  if (says_no(reply.payload, obstacle)) return nullptr;
-  Answer::unpacked(group.recv(teacher)).check();
+  if (gave_up) return nullptr;
+  const Answer last = Answer::unpacked(group.recv(teacher));
+  last.check();
+  if (says_no(last.payload, obstacle)) {
+    parts = {};
+    group.send("closed", teacher);
+    return nullptr;
+  }
   return make_source(ring_end(end, Side::student, std::move(parts), device));
 }
 

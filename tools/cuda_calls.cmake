@@ -5,7 +5,7 @@
 # assigned or compared. Releasing may be left unchecked: nothing can be done about a failure. Anything else that is
 # meant says so by static_cast<void>.
 
-set(wrappers "([a-z_]*check[a-z_]*|obstacle_of|static_cast<void>)[(]$")
+set(wrappers "([a-z_]*check[a-z_]*|static_cast<void>)[(]$")
 set(uses "(=|return|if [(]|while [(]|!|&&|[|][|])$")
 set(releases "(Destroy[A-Za-z]*|Free|FreeHost|FreeAsync|Abort|CloseMemHandle|cudaGetLastError)$")
 set(no_result "(GetErrorName|GetErrorString|GetStatusString|GetLastErrorString|cublasLtGetVersion|cudnnGetVersion|ncclGetLastError)$")

@@ -166,7 +166,7 @@ TEST_CASE("GPUs that do not reach each other: both ends know, and why", "[mpi][a
     Bench apart(/*shares_gpu=*/false, setup);
     apart.open();
     CHECK_FALSE(apart.is_open());
-    CHECK_THAT(apart.obstacle, Contains("cudaIpcOpenMemHandle: peer access is not supported"));
+    CHECK_THAT(apart.obstacle, Contains("cudaIpcOpenMemHandle: cudaErrorPeerAccessUnsupported (peer access"));
   }
   Bench together(/*shares_gpu=*/true, setup);
   together.open();
@@ -174,13 +174,52 @@ TEST_CASE("GPUs that do not reach each other: both ends know, and why", "[mpi][a
   together.source.reset();
 }
 
-TEST_CASE("a call that fails while the channel is opened is the same error on both sides", "[mpi][virtual]") {
-  const std::string call = GENERATE("cudaIpcGetMemHandle", "cudaIpcGetEventHandle", "cudaIpcOpenEventHandle",
-                                    "cudaIpcOpenMemHandle", "cudaMalloc");
-  CAPTURE(call);
+namespace {
+
+struct FailingCall {
+  std::string name;
+  bool is_students;
+};
+FailingCall call_between_processes() {
+  const FailingCall call =
+      GENERATE(FailingCall{"cudaIpcGetMemHandle", false}, FailingCall{"cudaIpcGetEventHandle", false},
+               FailingCall{"cudaIpcOpenMemHandle", true}, FailingCall{"cudaIpcOpenEventHandle", true},
+               FailingCall{"cudaIpcGetEventHandle", true}, FailingCall{"cudaIpcOpenEventHandle", false});
+  return call;
+}
+
+}  // namespace
+
+// Machines say in different ways that a process gets no access to another's memory or events.
+TEST_CASE("a machine that shares nothing between processes: both ends know, and why", "[mpi][virtual]") {
+  const FailingCall call = call_between_processes();
+  const int failure = GENERATE(cudaErrorInvalidValue, cudaErrorInvalidResourceHandle, cudaErrorNotSupported);
+  CAPTURE(call.name, call.is_students, failure);
+  {
+    Bench bench(/*shares_gpu=*/false);
+    if (bench.is_student() == call.is_students) fail_next(call.name, failure);
+    bench.open();
+    CHECK_FALSE(bench.is_open());
+    CHECK_THAT(bench.obstacle, Contains(call.name + ": " + cudaGetErrorName(cudaError_t(failure)) + " ("));
+    bench.world.barrier();
+  }
+  for (const std::string& report : take_gpu_reports()) FAIL_CHECK(report);
+}
+
+TEST_CASE("a GPU that is lost while the channel is opened is the same error on both sides", "[mpi][virtual]") {
+  const FailingCall call = call_between_processes();
+  CAPTURE(call.name, call.is_students);
   Bench bench(/*shares_gpu=*/false);
-  const bool is_students = call == "cudaIpcOpenMemHandle";
-  if (bench.is_student() == is_students) fail_next(call, cudaErrorInvalidValue);
+  if (bench.is_student() == call.is_students) fail_next(call.name, cudaErrorECCUncorrectable);
+  const Error error = error_of([&] { bench.open(); });
+  CHECK(error.code() == ExitCode::internal);
+  CHECK_THAT(error.what(), Contains("cudaErrorECCUncorrectable"));
+  bench.world.barrier();
+}
+
+TEST_CASE("an allocation that fails while the channel is opened is the same error on both sides", "[mpi][virtual]") {
+  Bench bench(/*shares_gpu=*/false);
+  if (!bench.is_student()) fail_next("cudaMalloc", cudaErrorInvalidValue);
   const Error error = error_of([&] { bench.open(); });
   CHECK(error.code() == ExitCode::internal);
   CHECK_THAT(error.what(), Contains("cudaErrorInvalidValue"));
