@@ -303,8 +303,9 @@ std::vector<std::map<std::string, long>> calls_of(const Workshop& shop, const Wo
   return all;
 }
 
-// A run in which the `count`th call of this name fails on one rank. It ends by itself, with one message, leaves nothing
-// behind on the device, and what it saved is whole.
+// A run in which the `count`th call of this name fails on one rank. It ends by itself, with one message, and what it
+// saved is whole. One rank alone leaves nothing behind on the device, unless that is lost: the virtual GPU looks when
+// the process ends, but not when MPI_Abort ends it, as it does several ranks.
 void check_failure(const Workshop& shop, const Words& overrides, const std::string& call, long count, int failing_rank,
                    int ranks, const std::string& error = "cudaErrorInvalidValue") {
   CAPTURE(call, count, failing_rank, ranks);
