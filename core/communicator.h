@@ -3,10 +3,10 @@
 //
 // Every rank of a group makes the same calls in the same order with the same shapes. Views are contiguous and lie where
 // the implementation says: host memory for threads and MPI, the device's for a GroupOnDevice (core/group_on_device.h);
-// "small things" lie in host memory whatever the group. Reductions add rank 0, 1, 2, …, in that order, for every
-// element: same group size, same bits. 16-bit formats are added in f32 and rounded once. NaN survives sum, max and min.
-// A call that waits for a rank that died, or for one that gives nothing for `peer_timeout`, ends with
-// Error(ExitCode::peer_lost) that names who waited for whom.
+// "small things" lie in host memory whatever the group. Same group size, same bits: in host memory ranks 0, 1, 2, … are
+// added in that order, 16-bit formats in f32, rounded once; NCCL has an order of its own and rounds every sum. NaN
+// survives sum, max and min. A call that waits for a rank that died, or for one that gives nothing for `peer_timeout`,
+// ends with Error(ExitCode::peer_lost) that names who waited for whom.
 //
 // Calls are of three kinds that do not disturb each other: sends, receives, and all others (collectives). One thread at
 // a time makes calls of one kind. start_… begins an operation that runs while the caller goes on; operations of one

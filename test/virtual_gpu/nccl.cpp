@@ -111,7 +111,7 @@ std::size_t size_of_type(int type) {
   }
 }
 
-// --- reductions, rank after rank
+// --- reductions, rank after rank; each rank on the way hands on what it has in the type that is sent
 
 template <class T, class Wide>
 void reduce_as(Comm& c, char* out, std::size_t first, std::size_t count, int op) {
@@ -126,9 +126,9 @@ void reduce_as(Comm& c, char* out, std::size_t first, std::size_t count, int op)
       else if (op == ncclMin)
         sum = x < sum ? x : sum;
       else if (op == ncclProd)
-        sum = static_cast<Wide>(sum * x);
+        sum = static_cast<Wide>(static_cast<T>(sum * x));
       else
-        sum = static_cast<Wide>(sum + x);
+        sum = static_cast<Wide>(static_cast<T>(sum + x));
     }
     if (op == ncclAvg) sum = static_cast<Wide>(sum / static_cast<Wide>(c.ranks));
     reinterpret_cast<T*>(out)[i] = static_cast<T>(sum);
