@@ -19,6 +19,7 @@ namespace distill {
 namespace {
 
 using reference::Arithmetic;
+using reference::by_functions_of_double;
 using reference::Matrix;
 using reference::Number;
 using test::Backend;
@@ -242,7 +243,7 @@ TEST_CASE("fill_normal is a function of seed, tensor and index", "[device]") {
   f.device.fill_normal(x.view(), 5, 9, first, 0.5f);
   const std::uint64_t key = random_key(5, 9);
   x.check_close(reference::matrix(s.rows, s.cols, [&](auto r, auto c) {
-    return f.arithmetic.mul(0.5, normal_value(key, std::uint64_t(first + r * s.cols + c)));
+    return f.arithmetic.mul(0.5, by_functions_of_double(normal_value(key, std::uint64_t(first + r * s.cols + c))));
   }));
 }
 

@@ -52,6 +52,9 @@ struct Sum {
   }
 };
 
+// What was made of logarithms and sines of f64, which may be wrong by 8 units together.
+inline Number by_functions_of_double(double x) { return {x, 8 * rounding_of(DType::f64).u * std::abs(x)}; }
+
 // Arithmetic of a device that calculates in the wide type of T.
 class Arithmetic {
  public:
