@@ -99,8 +99,6 @@ void copy_async_wait() {
   copy_async_wait_for(pending);
 }
 
-long long clock_now();
-
 // --- templates over them
 
 // A kernel and a copy of its arguments. Outside the race check: where the copy lies is no matter of the kernel's.
@@ -202,8 +200,6 @@ inline void __threadfence_block() {}
 inline void __threadfence() {}
 inline void __threadfence_system() {}
 #define __trap() ::virtual_gpu::trap(::virtual_gpu::Site(__FILE__, __LINE__))
-inline void __nanosleep(unsigned) {}
-inline long long clock64() { return virtual_gpu::clock_now(); }
 
 // --- warps
 
@@ -242,35 +238,6 @@ inline int __any_sync(unsigned mask, int predicate, virtual_gpu::Site site = {})
 }
 inline int __all_sync(unsigned mask, int predicate, virtual_gpu::Site site = {}) {
   return virtual_gpu::warp_reduce(mask, int{predicate != 0}, "__all_sync", site, std::bit_and<int>());
-}
-template <class T>
-unsigned __match_any_sync(unsigned mask, T value, virtual_gpu::Site site = {}) {
-  const std::uint64_t word = virtual_gpu::to_word(value);
-  const auto* left =
-      virtual_gpu::warp_meet(mask, "__match_any_sync", &word, sizeof word, virtual_gpu::Orders::nothing, site);
-  unsigned same = 0;
-  for (int other = 0; other < 32; ++other)
-    if ((mask >> other & 1) && virtual_gpu::from_bytes<std::uint64_t>(left[other].bytes) == word) same |= 1u << other;
-  return same;
-}
-template <class T>
-T __reduce_add_sync(unsigned mask, T value, virtual_gpu::Site site = {}) {
-  return virtual_gpu::warp_reduce(mask, value, "__reduce_add_sync", site,
-                                  [](T a, T b) { return T(unsigned(a) + unsigned(b)); });
-}
-template <class T>
-T __reduce_max_sync(unsigned mask, T value, virtual_gpu::Site site = {}) {
-  return virtual_gpu::warp_reduce(mask, value, "__reduce_max_sync", site, [](T a, T b) { return a < b ? b : a; });
-}
-template <class T>
-T __reduce_min_sync(unsigned mask, T value, virtual_gpu::Site site = {}) {
-  return virtual_gpu::warp_reduce(mask, value, "__reduce_min_sync", site, [](T a, T b) { return b < a ? b : a; });
-}
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value, virtual_gpu::Site site = {}) {
-  return virtual_gpu::warp_reduce(mask, value, "__reduce_or_sync", site, std::bit_or<unsigned>());
-}
-inline unsigned __reduce_and_sync(unsigned mask, unsigned value, virtual_gpu::Site site = {}) {
-  return virtual_gpu::warp_reduce(mask, value, "__reduce_and_sync", site, std::bit_and<unsigned>());
 }
 
 // --- atomics: int, unsigned, unsigned long long; float and double where CUDA has them
@@ -311,27 +278,11 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
   return virtual_gpu::atomic_change(address, [=](unsigned old) { return old >= last ? 0u : old + 1; });
 }
 
-// --- loads and stores with a cache hint: plain ones
+// --- loads through the read-only cache: plain ones
 
 template <class T>
 T __ldg(const T* address) {
   return *address;
-}
-template <class T>
-T __ldcs(const T* address) {
-  return *address;
-}
-template <class T>
-T __ldcg(const T* address) {
-  return *address;
-}
-template <class T>
-void __stcs(T* address, std::type_identity_t<T> value) {
-  *address = value;
-}
-template <class T>
-void __stcg(T* address, std::type_identity_t<T> value) {
-  *address = value;
 }
 
 // --- arithmetic. The fast versions are the accurate ones here; glibc has functions of some of these names.
@@ -356,11 +307,6 @@ inline double __fma_rn(double x, double y, double z) { return std::fma(x, y, z);
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
-inline float sinpif(float x) { return std::sin(x * 3.14159265358979f); }
-inline float cospif(float x) { return std::cos(x * 3.14159265358979f); }
-inline void sincospif(float x, float* sine, float* cosine) { *sine = sinpif(x), *cosine = cospif(x); }
-inline double sinpi(double x) { return std::sin(x * 3.141592653589793); }
-inline double cospi(double x) { return std::cos(x * 3.141592653589793); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
@@ -378,17 +324,6 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>(std::uint64_t{x} * y >> 32); }
-inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
-  __extension__ using wide = unsigned __int128;
-  return static_cast<unsigned long long>(wide{x} * y >> 64);
-}
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const std::uint64_t both = std::uint64_t{y} << 32 | x;
-  unsigned result = 0;
-  for (unsigned i = 0; i < 4; ++i) result |= unsigned(both >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
-  return result;
-}
 
 // CUDA's global overloads: both sides become their common type first.
 using std::max;

@@ -623,9 +623,4 @@ void copy_async_wait_for(int pending) {
   me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
-long long clock_now() {
-  static long long ticks = 0;
-  return ++ticks;
-}
-
 }  // namespace virtual_gpu
