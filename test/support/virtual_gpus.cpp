@@ -15,8 +15,7 @@ int gpu_scale() { return 1; }
 
 std::uint64_t gpu_copies() {
   std::uint64_t count = 0;
-  for (const char* name :
-       {"cudaMemcpy", "cudaMemcpyAsync", "cudaMemcpy2D", "cudaMemcpy2DAsync", "cudaMemcpyPeer", "cudaMemcpyPeerAsync"})
+  for (const char* name : {"cudaMemcpy", "cudaMemcpyAsync", "cudaMemcpy2D", "cudaMemcpy2DAsync"})
     count += virtual_gpu::calls(name);
   return count;
 }

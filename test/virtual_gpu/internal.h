@@ -111,7 +111,6 @@ struct Stream {
   int device = 0;
   bool blocking = false;  // ordered with the legacy default stream
   bool is_default = false;
-  int priority = 0;
   bool busy = false;
   bool destroyed = false;
   std::deque<Operation> waiting;
@@ -146,12 +145,11 @@ struct State {
   std::vector<std::shared_ptr<Stream>> default_streams;  // one a device
   std::set<std::shared_ptr<Stream>> streams;             // all with work or a handle
   std::map<Event*, std::unique_ptr<Event>> events;
-  std::map<const void*, std::pair<void*, std::size_t>> registered;  // cudaHostRegister
-  std::set<std::pair<int, int>> peers;                              // (from, to) enabled
-  std::map<const void*, int> shared_limits;                         // cudaFuncSetAttribute: dynamic bytes
-  std::set<const void*> loaded;                                     // kernels that were launched
-  std::map<std::string, int> handles;                               // live handles of libraries, by kind
-  std::map<std::string, std::pair<Allocation*, int>> opened;        // by IPC handle, how often
+  std::set<std::pair<int, int>> peers;                        // (from, to) enabled
+  std::map<const void*, int> shared_limits;                   // cudaFuncSetAttribute: dynamic bytes
+  std::set<const void*> loaded;                               // kernels that were launched
+  std::map<std::string, int> handles;                         // live handles of libraries, by kind
+  std::map<std::string, std::pair<Allocation*, int>> opened;  // by IPC handle, how often
   std::map<std::string, std::uint64_t> calls;
   std::vector<FailurePlan> plans;
   std::vector<int> visible;        // physical devices, CUDA_VISIBLE_DEVICES applied

@@ -453,17 +453,6 @@ ncclResult_t ncclCommInitRank(ncclComm_t* handle, int ranks, ncclUniqueId id, in
     return ncclSuccess;
   });
 }
-ncclResult_t ncclCommInitRankConfig(ncclComm_t* handle, int ranks, ncclUniqueId id, int rank, ncclConfig_t*) {
-  return ncclCommInitRank(handle, ranks, id, rank);
-}
-ncclResult_t ncclCommFinalize(ncclComm_t handle) {
-  return nccl_call("ncclCommFinalize", [&](Held& held) {
-    const auto comm = comm_of(handle);
-    if (comm == nullptr) return ncclInvalidArgument;
-    wait_for(held, {comm->last});
-    return ncclSuccess;
-  });
-}
 ncclResult_t ncclCommDestroy(ncclComm_t handle) {
   return nccl_call("ncclCommDestroy", [&](Held& held) {
     const auto comm = comm_of(handle);
@@ -492,22 +481,6 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t handle, ncclResult_t* error) {
   if (comm == nullptr) return ncclInvalidArgument;
   *error = state().lost != cudaSuccess ? ncclUnhandledCudaError : comm->error;
   return ncclSuccess;
-}
-ncclResult_t ncclCommCount(const ncclComm_t handle, int* count) {
-  return nccl_call("ncclCommCount", [&](Held&) {
-    const auto comm = comm_of(handle);
-    if (comm == nullptr) return ncclInvalidArgument;
-    *count = comm->ranks;
-    return ncclSuccess;
-  });
-}
-ncclResult_t ncclCommUserRank(const ncclComm_t handle, int* rank) {
-  return nccl_call("ncclCommUserRank", [&](Held&) {
-    const auto comm = comm_of(handle);
-    if (comm == nullptr) return ncclInvalidArgument;
-    *rank = comm->rank;
-    return ncclSuccess;
-  });
 }
 
 ncclResult_t ncclGroupStart() {

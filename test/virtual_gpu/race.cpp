@@ -1,6 +1,6 @@
-// The check of races, bounds and alignment. -fsanitize=thread makes the compiler call __tsan_read4(address) and the like before each
-// access in .cu files; the real ThreadSanitizer is not linked, the calls end here. For every two bytes that threads
-// share there is a record of who wrote and read them.
+// The check of races, bounds and alignment. -fsanitize=thread makes the compiler call __tsan_read4(address) and the
+// like before each access in .cu files; the real ThreadSanitizer is not linked, the calls end here. For every two bytes
+// that threads share there is a record of who wrote and read them.
 //   Shared memory: two threads touch the same bytes, one of them writes, and no barrier of the block (or __syncwarp,
 //   within a warp) lies between. Global memory: the same between two blocks of a launch, where a block that has done an
 //   atomic operation counts as ordered after all others ("the last block adds up"). Threads of one block are not
@@ -129,8 +129,6 @@ void global_access(Check& c, const void* address, std::size_t bytes, bool write,
 void other_access(Check& c, const void* address, bool write, const void* code) {
   for (const Range& r : c.program)
     if (r.contains(address)) return;
-  for (const auto& [start, mapped] : state().registered)
-    if (Range{static_cast<const char*>(start), mapped.second}.contains(address)) return;
   fault("illegal address",
         join(write ? "a kernel writes" : "a kernel reads", " host memory that is not pinned at ", code_line(code)));
 }
@@ -213,7 +211,6 @@ void note_atomic(const void* address, std::size_t bytes) {
 
 // --- the hooks
 
-
 #define ACCESS(address, bytes, write) \
   if (virtual_gpu::races_looking) virtual_gpu::observed(address, bytes, write, __builtin_return_address(0))
 #define HOOKS(n)                                                  \
@@ -238,9 +235,9 @@ HOOKS(8)
 HOOKS(16)
 void __ubsan_handle_type_mismatch_v1_abort(const Misalignment* what, std::uintptr_t address) {
   const virtual_gpu::Unobserved unobserved;
-  const std::string text = virtual_gpu::join("an access to ", 1 << what->log_alignment, " aligned bytes at an address ",
-                                             address % (1u << what->log_alignment), " beyond, at ", what->file, ":",
-                                             what->line);
+  const std::string text =
+      virtual_gpu::join("an access to ", 1 << what->log_alignment, " aligned bytes at an address ",
+                        address % (1u << what->log_alignment), " beyond, at ", what->file, ":", what->line);
   if (virtual_gpu::inside_kernel()) virtual_gpu::fault("misaligned address", text);
   std::fprintf(stderr, "%s\n", text.c_str());
   std::abort();

@@ -41,14 +41,9 @@ Event* event_of(cudaEvent_t handle) {
 
 Place place_of(const void* address) {
   State& s = state();
-  if (s.memory.contains(address)) {
-    const Allocation* a = s.memory.find(address);
-    return a == nullptr ? Place::device : a->place;
-  }
-  for (const auto& [start, mapped] : s.registered)
-    if (static_cast<std::size_t>(static_cast<const char*>(address) - static_cast<const char*>(start)) < mapped.second)
-      return Place::pinned;
-  return Place::pageable;
+  if (!s.memory.contains(address)) return Place::pageable;
+  const Allocation* a = s.memory.find(address);
+  return a == nullptr ? Place::device : a->place;
 }
 bool on_device(Place p) { return p == Place::device || p == Place::foreign; }
 
@@ -287,40 +282,6 @@ cudaError_t cudaFreeAsync(void* address, cudaStream_t handle) {
   });
 }
 
-cudaError_t cudaHostRegister(void* start, size_t bytes, unsigned) {
-  return call("cudaHostRegister", work, [&](Held&) {
-    if (start == nullptr || bytes == 0) return cudaErrorInvalidValue;
-    if (place_of(start) == Place::pinned) return cudaErrorHostMemoryAlreadyRegistered;
-    state().registered[start] = {start, bytes};
-    return cudaSuccess;
-  });
-}
-cudaError_t cudaHostUnregister(void* start) {
-  return call("cudaHostUnregister", other, [&](Held& held) {
-    wait_for(held, everything());
-    return state().registered.erase(start) == 1 ? cudaSuccess : cudaErrorHostMemoryNotRegistered;
-  });
-}
-cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
-  return call("cudaHostGetDevicePointer", other, [&](Held&) {
-    *device = host;
-    return place_of(host) == Place::pinned ? cudaSuccess : cudaErrorInvalidValue;
-  });
-}
-cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
-  return call("cudaPointerGetAttributes", other, [&](Held&) {
-    const Place place = place_of(address);
-    const Allocation* a = state().memory.find(address);
-    *attributes = {};
-    attributes->type = on_device(place)         ? cudaMemoryTypeDevice
-                       : place == Place::pinned ? cudaMemoryTypeHost
-                                                : cudaMemoryTypeUnregistered;
-    attributes->device = a == nullptr ? current_device : a->device;
-    attributes->devicePointer = place == Place::pageable ? nullptr : const_cast<void*>(address);
-    attributes->hostPointer = on_device(place) ? nullptr : const_cast<void*>(address);
-    return cudaSuccess;
-  });
-}
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   return call("cudaMemGetInfo", other, [&](Held&) {
     *total = state().options.memory;
@@ -353,17 +314,6 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
     return copy(held, "cudaMemcpy2DAsync", stream, {to, to_pitch, from, from_pitch, width, height, kind}, false);
   });
 }
-cudaError_t cudaMemcpyPeer(void* to, int, const void* from, int, size_t bytes) {
-  return on_stream("cudaMemcpyPeer", nullptr, [&](Held& held, const std::shared_ptr<Stream>& stream) {
-    return copy(held, "cudaMemcpyPeer", stream, {to, bytes, from, bytes, bytes, 1, cudaMemcpyDeviceToDevice}, true);
-  });
-}
-cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t handle) {
-  return on_stream("cudaMemcpyPeerAsync", handle, [&](Held& held, const std::shared_ptr<Stream>& stream) {
-    return copy(held, "cudaMemcpyPeerAsync", stream, {to, bytes, from, bytes, bytes, 1, cudaMemcpyDeviceToDevice},
-                false);
-  });
-}
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {
   return on_stream("cudaMemset", nullptr, [&](Held& held, const std::shared_ptr<Stream>& stream) {
     return set(held, "cudaMemset", stream, to, bytes, value, bytes, 1, true);
@@ -387,27 +337,23 @@ cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, s
 
 // --- streams
 
-static cudaError_t create_stream(const char* name, cudaStream_t* handle, unsigned flags, int priority) {
+static cudaError_t create_stream(const char* name, cudaStream_t* handle, unsigned flags) {
   return call(name, work, [&](Held&) {
     static std::uint64_t created = 0;
     const auto stream = std::make_shared<Stream>();
     stream->number = ++created;
     stream->device = current_device;
     stream->blocking = (flags & cudaStreamNonBlocking) == 0;
-    stream->priority = priority;
     state().streams.insert(stream);
     *handle = reinterpret_cast<cudaStream_t>(stream.get());
     return cudaSuccess;
   });
 }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
-  return create_stream("cudaStreamCreateWithPriority", handle, flags, priority);
-}
 cudaError_t cudaStreamCreate(cudaStream_t* handle) {
-  return create_stream("cudaStreamCreate", handle, cudaStreamDefault, 0);
+  return create_stream("cudaStreamCreate", handle, cudaStreamDefault);
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
-  return create_stream("cudaStreamCreateWithFlags", handle, flags, 0);
+  return create_stream("cudaStreamCreateWithFlags", handle, flags);
 }
 // Returns at once; the work that is left still runs.
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
@@ -440,14 +386,6 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
     const std::vector<Point> points = {end};
     if (state().random() % 2 == 0) run_one(held, &points);
     return reached(end) ? cudaSuccess : cudaErrorNotReady;
-  });
-}
-cudaError_t cudaStreamGetPriority(cudaStream_t handle, int* priority) {
-  return call("cudaStreamGetPriority", other, [&](Held&) {
-    const auto stream = stream_of(handle);
-    if (stream == nullptr) return cudaErrorInvalidResourceHandle;
-    *priority = stream->priority;
-    return cudaSuccess;
   });
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
@@ -537,9 +475,6 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
     e->point = end_of(stream);
     return cudaSuccess;
   });
-}
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream, unsigned) {
-  return cudaEventRecord(handle, stream);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   return call("cudaEventSynchronize", other, [&](Held& held) {

@@ -206,8 +206,6 @@ void report_leaks() {
   for (const auto& stream : s.streams)
     if (!stream->is_default && !stream->destroyed) report("leak", "a stream");
   for (std::size_t i = 0; i < s.events.size(); ++i) report("leak", "an event");
-  for (const auto& [start, mapped] : s.registered)
-    report("leak", join("registered host memory of ", mapped.second, " bytes"));
   for (const auto& [kind, count] : s.handles)
     if (count != 0) report("leak", join(count, " of ", kind));
   if (const char* path = std::getenv("VIRTUAL_GPU_CALLS"))
@@ -376,10 +374,6 @@ bool check_range(const char* what, const void* address, std::size_t bytes, bool 
   if (bytes == 0) return true;
   State& s = state();
   if (!s.memory.contains(address)) {
-    for (const auto& [start, mapped] : s.registered) {
-      const auto offset = static_cast<const char*>(address) - static_cast<const char*>(start);
-      if (offset >= 0 && static_cast<std::size_t>(offset) + bytes <= mapped.second) return true;
-    }
     report("illegal address", join(what, ": host memory that is not pinned"));
     return false;
   }
