@@ -4,7 +4,9 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -318,6 +320,22 @@ TEST_CASE("collectives of three threads, several in flight, in place") {
     got[static_cast<std::size_t>(rank)].insert(got[static_cast<std::size_t>(rank)].end(), two.begin(), two.end());
   });
   for (const auto& values : got) CHECK(values == std::vector<float>{3, 3, 6, 9, 12, 15, 6, 9});
+}
+
+// bf16 has 256 and 258, and nothing between: 256 + 1 + 1 is 258 when rounded once.
+TEST_CASE("sums of 16-bit numbers are rounded at every addition") {
+  const Fresh gpu;
+  using Pair = std::array<bf16, 2>;
+  std::vector<Pair> got(3);
+  on_ranks(3, [&](int rank, ncclComm_t comm, cudaStream_t stream) {
+    const Buffer x({std::bit_cast<float>(Pair{bf16(rank == 0 ? 256.0f : 1.0f), bf16(1.0f)})});
+    ncclAllReduce(x.data, x.data, 2, ncclBfloat16, ncclSum, comm, stream);
+    got[static_cast<std::size_t>(rank)] = std::bit_cast<Pair>(x.read(1, stream)[0]);
+  });
+  for (const auto& [rounded, exact] : got) {
+    CHECK(float(rounded) == 256);
+    CHECK(float(exact) == 3);
+  }
 }
 
 TEST_CASE("messages in a group go round a ring, the same twice") {
