@@ -22,7 +22,8 @@ struct RankSight {
 // By rank: the number of its GPU among those that it sees; empty when the run computes on CPUs. A pure function.
 // device_mapping counts the GPUs of all nodes one after the other and says which the i-th rank of the role has. Without
 // it the ranks of a node that see the same GPUs take one each, or, where those are too few, a student and its teacher
-// share one, unless it is exclusive. device `auto` means GPUs where every rank can have one. Too few, or none with `cuda`, is an input error.
+// share one, unless it is exclusive. device `auto` means GPUs where every rank can have one. Too few, or none with
+// `cuda`, is an input error.
 std::vector<int> choose_gpus(const Config& config, const Grid& grid, const std::vector<RankSight>& sights);
 
 // The devices of the ranks of a run.

@@ -106,12 +106,11 @@ MatrixProduct::Plan MatrixProduct::make_plan(const Shape& s) const {
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s.c_alignment);
   cublasLtMatmulHeuristicResult_t best{};
   int found = 0;
-  const cublasStatus_t status =
-      cublasLtMatmulAlgoGetHeuristic(library_.get(), product, plan.x.get(), plan.y.get(), plan.c.get(), plan.c.get(),
-                                     made, 1, &best, &found);
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(library_.get(), product, plan.x.get(), plan.y.get(),
+                                                               plan.c.get(), plan.c.get(), made, 1, &best, &found);
   if (status != CUBLAS_STATUS_NOT_SUPPORTED) cublas_check(status);  // which is how it says that there is none
-  check(found == 1 && best.state == CUBLAS_STATUS_SUCCESS, "cuBLASLt has no kernel for ", name_of(s.in), " [", s.n, ",", s.k, "] × [", s.k, ",", s.m, "] to ",
-        name_of(s.out));
+  check(found == 1 && best.state == CUBLAS_STATUS_SUCCESS, "cuBLASLt has no kernel for ", name_of(s.in), " [", s.n, ",",
+        s.k, "] × [", s.k, ",", s.m, "] to ", name_of(s.out));
   plan.algorithm = best.algo;
   return plan;
 }

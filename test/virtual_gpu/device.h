@@ -173,9 +173,13 @@ T atomic_change(T* address, Change change) {
 }
 
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site s = {}) { ldmatrix(r, 4, false, row, s); }
-inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site s = {}) { ldmatrix(r, 4, true, row, s); }
+inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row, Site s = {}) {
+  ldmatrix(r, 4, true, row, s);
+}
 inline void ldmatrix_x2(std::uint32_t (&r)[2], const void* row, Site s = {}) { ldmatrix(r, 2, false, row, s); }
-inline void ldmatrix_x2_transposed(std::uint32_t (&r)[2], const void* row, Site s = {}) { ldmatrix(r, 2, true, row, s); }
+inline void ldmatrix_x2_transposed(std::uint32_t (&r)[2], const void* row, Site s = {}) {
+  ldmatrix(r, 2, true, row, s);
+}
 
 }  // namespace virtual_gpu
 
