@@ -18,8 +18,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-using Words = std::vector<std::string>;
-
 // A run without a teacher whose steps do not depend on how many there are to be.
 Words plain(int steps, const Words& more = {}) {
   Words words{"distill_loss_weight=0", "student.training_args.lr_scheduler_type=constant", "eval_steps=0",

@@ -14,24 +14,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-using Words = std::vector<std::string>;
-
-Words operator+(Words a, const Words& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
-
-Words both_roles(const std::string& key, int value) {
-  Words words;
-  for (const char* role : {"student", "teacher"})
-    words.push_back(std::string(role) + ".strategy_args.strategy_config." + key + "=" + std::to_string(value));
-  return words;
-}
-Words tp(int n) { return both_roles("tp_size", n); }
-Words pp(int n) { return both_roles("pp_size", n); }
-Words accumulation(int n) { return {"student.training_args.gradient_accumulation_steps=" + std::to_string(n)}; }
-Words strategy(const std::string& setting) { return {"student.strategy_args.strategy_config." + setting}; }
-
 // A global batch of 8 as four micro-batches of two on one rank.
 const Words base = {"max_steps=10",
                     "save_steps=0",

@@ -19,7 +19,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
-using Words = std::vector<std::string>;
 
 struct Layout {
   std::string name;
@@ -27,20 +26,9 @@ struct Layout {
   Words overrides;
 };
 
-Words operator+(Words a, const Words& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
-
-// Of student and teacher, as a grid needs it.
-Words both_roles(const std::string& size) {
-  const std::string key = ".strategy_args.strategy_config." + size;
-  return {"student" + key, "teacher" + key};
-}
-
 const Layout one{"one", 0, {}}, two{"two", 2, {}},
-    data_parallel{"dp2", 4, {"student.training_args.gradient_accumulation_steps=1"}},
-    pipeline{"pp2", 4, both_roles("pp_size=2")}, tensor_parallel{"tp2", 4, both_roles("tp_size=2")};
+    data_parallel{"dp2", 4, {"student.training_args.gradient_accumulation_steps=1"}}, pipeline{"pp2", 4, pp(2)},
+    tensor_parallel{"tp2", 4, tp(2)};
 
 unsigned seed() {
   const char* given = std::getenv("DISTILL_KILL_SEED");

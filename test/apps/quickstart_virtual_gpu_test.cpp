@@ -13,13 +13,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-using Words = std::vector<std::string>;
-
-Words operator+(Words a, const Words& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
-
 class QuickStart {
  public:
   QuickStart(std::string dtype, int batch) : dtype_(std::move(dtype)), batch_(batch) {
@@ -50,12 +43,7 @@ class QuickStart {
  private:
   Words command(const std::string& config, const std::string& name, const std::string& start, const Words& overrides,
                 int ranks) const {
-    Words words{"VIRTUAL_GPU_RACES=off", "OMP_NUM_THREADS=1"};
-    if (ranks > 0)
-      words = words + Words{"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
-                            "OMPI_MCA_mpi_yield_when_idle=1", "mpirun", "--oversubscribe", "--bind-to", "none", "-np",
-                            std::to_string(ranks)};
-    return words +
+    return Words{"VIRTUAL_GPU_RACES=off"} + on_ranks(ranks) +
            Words{program(),
                  "--config",
                  std::string(DISTILL_SOURCE_DIR "/configs/") + config,
@@ -96,14 +84,17 @@ void check_like(const QuickStart& start, const std::string& name, const std::str
   }
 }
 
-// Until the first checkpoint, then kill -9 to all ranks.
+// Until the first checkpoint, then kill -9 to both ranks; mpirun ends when they are gone.
 void run_killed(const QuickStart& start, const std::string& name, const Words& command) {
   Process run(command);
   const fs::path checkpoint = start.path(name + "/checkpoints/step-000002/manifest.json");
   for (int i = 0; i < 30000 && run.is_running() && !fs::exists(checkpoint); ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   REQUIRE(fs::exists(checkpoint));
-  run.signal_group(SIGKILL);
+  const pid_t student = run.child_with("OMPI_COMM_WORLD_RANK=0"), teacher = run.child_with("OMPI_COMM_WORLD_RANK=1");
+  REQUIRE((student > 0 && teacher > 0));
+  kill(student, SIGKILL);
+  kill(teacher, SIGKILL);
   CHECK(run.wait().code != 0);
 }
 

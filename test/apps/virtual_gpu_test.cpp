@@ -18,13 +18,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-using Words = std::vector<std::string>;
-
-Words operator+(Words a, const Words& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
-
 // As little work as shows something: every kernel of a GPU is run thread by thread.
 const Words small = {"max_steps=3",
                      "save_steps=0",
@@ -34,17 +27,6 @@ const Words small = {"max_steps=3",
                      "student.training_args.per_device_train_batch_size=2",
                      "student.training_args.gradient_accumulation_steps=2"};
 const Words cuda = {"device=cuda"}, cpu = {"device=cpu"};
-
-Words both_roles(const std::string& key, int value) {
-  Words words;
-  for (const char* role : {"student", "teacher"})
-    words.push_back(std::string(role) + ".strategy_args.strategy_config." + key + "=" + std::to_string(value));
-  return words;
-}
-Words tp(int n) { return both_roles("tp_size", n); }
-Words pp(int n) { return both_roles("pp_size", n); }
-Words accumulation(int n) { return {"student.training_args.gradient_accumulation_steps=" + std::to_string(n)}; }
-Words strategy(const std::string& setting) { return {"student.strategy_args.strategy_config." + setting}; }
 
 // A workshop with a teacher and three records to validate with.
 class Shop : public Workshop {

@@ -51,6 +51,40 @@ inline std::string environment_or(const char* name, const char* otherwise) {
 inline std::string program() { return environment_or("DISTILL_PROGRAM", DISTILL_PROGRAM); }
 inline bool on_gpus() { return environment_or("DISTILL_DEVICE", "auto") == "cuda"; }
 
+// Words of a command line, and the overrides that several tests take.
+using Words = std::vector<std::string>;
+
+inline Words operator+(Words a, const Words& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+inline Words both_roles(const std::string& key, int value) {
+  Words words;
+  for (const char* role : {"student", "teacher"})
+    words.push_back(std::string(role) + ".strategy_args.strategy_config." + key + "=" + std::to_string(value));
+  return words;
+}
+inline Words tp(int n) { return both_roles("tp_size", n); }
+inline Words pp(int n) { return both_roles("pp_size", n); }
+inline Words accumulation(int n) { return {"student.training_args.gradient_accumulation_steps=" + std::to_string(n)}; }
+inline Words strategy(const std::string& setting) { return {"student.strategy_args.strategy_config." + setting}; }
+
+// What stands before a program: its environment, and mpirun with that many ranks (0: without).
+inline Words on_ranks(int ranks) {
+  const Words environment{"OMP_NUM_THREADS=1"};
+  if (ranks == 0) return environment;
+  return environment + Words{"OMPI_ALLOW_RUN_AS_ROOT=1",
+                             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+                             "OMPI_MCA_mpi_yield_when_idle=1",
+                             "mpirun",
+                             "--oversubscribe",
+                             "--bind-to",
+                             "none",
+                             "-np",
+                             std::to_string(ranks)};
+}
+
 // Sizes of the two models.
 struct WorkshopModels {
   int teacher_layers = 2, student_layers = 1, feed_forward = 64;
@@ -99,16 +133,7 @@ validation:
 
   // distill with the arguments, on `ranks` ranks (0: without mpirun).
   std::vector<std::string> command(std::vector<std::string> arguments, int ranks = 0) const {
-    std::vector<std::string> words{"OMP_NUM_THREADS=1"};
-    if (ranks > 0)
-      for (const char* word :
-           {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "OMPI_MCA_mpi_yield_when_idle=1", "mpirun",
-            "--oversubscribe", "--bind-to", "none", "-np"})
-        words.push_back(word);
-    if (ranks > 0) words.push_back(std::to_string(ranks));
-    words.push_back(program());
-    words.insert(words.end(), arguments.begin(), arguments.end());
-    return words;
+    return on_ranks(ranks) + Words{program()} + arguments;
   }
   std::vector<std::string> training(const std::string& name, std::vector<std::string> overrides, int ranks = 0) const {
     std::vector<std::string> arguments{"--config", path("run.yaml"), "exp_name=" + name};
