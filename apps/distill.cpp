@@ -143,17 +143,6 @@ int leave(MpiSession& mpi, const CommonError& error) {
   return int(error.code());
 }
 
-// What one rank cannot survive ends all of them.
-int end_run(MpiSession& mpi, const char* message, ExitCode code) {
-  if (mpi.ranks() == 1) {
-    std::cerr << "distill: " << message << std::endl;
-    return int(code);
-  }
-  if (code == ExitCode::peer_lost) mpi.await_explanation();
-  std::cerr << "distill: " << name_of(mpi.me()) << ": " << message << std::endl;
-  mpi.abort_all(int(code));
-}
-
 int run_with_mpi(MpiSession& mpi, const std::vector<std::string>& arguments, Clock::time_point started) {
   try {
     return int(run(mpi, arguments, started));

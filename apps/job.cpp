@@ -109,18 +109,32 @@ void run_long(Communicator& group, const std::function<void()>& work) {
   group.run_together(work);
 }
 
-// Steps of this rank. Where they fail it gives its GPU's memory back, which waits for all that was begun there, also
-// for what others would have to join who wait for this rank: so that ends first.
-void run_steps(Groups& groups, const std::function<void()>& steps) {
+// Steps of this rank. On GPUs a rank that fails alone ends the run where it stands: what it gave back on its way out
+// waits for all that was begun on its GPU, also for what others would have to join who wait for this rank.
+void run_steps(MpiSession& mpi, const RunDevices& devices, const std::function<void()>& steps) {
+  if (!devices.are_gpus() || mpi.ranks() == 1) return steps();
   try {
     steps();
-  } catch (...) {
-    groups.give_up();
+  } catch (const CommonError&) {
     throw;
+  } catch (const Error& error) {
+    end_run(mpi, error.what(), error.code());
+  } catch (const std::exception& error) {
+    end_run(mpi, error.what(), ExitCode::internal);
   }
 }
 
 }  // namespace
+
+int end_run(MpiSession& mpi, const char* message, ExitCode code) {
+  if (mpi.ranks() == 1) {
+    std::cerr << "distill: " << message << std::endl;
+    return int(code);
+  }
+  if (code == ExitCode::peer_lost) mpi.await_explanation();
+  std::cerr << "distill: " << name_of(mpi.me()) << ": " << message << std::endl;
+  mpi.abort_all(int(code));
+}
 
 ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads,
                  Clock::time_point started, const Say& say) {
@@ -183,7 +197,7 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
   if (!studies) {
     TeacherLoop loop(*device, teacher->teacher, *data, channel->sink.get(), plan.logits_chunk, payload,
                      *groups.pp_forward, *groups.pp_backward);
-    run_steps(groups, [&] {
+    run_steps(mpi, devices, [&] {
       loop.run(first_step, plan.total_steps, {validation.get(), config.eval_steps, plan.total_steps});
     });
     return ExitCode::ok;
@@ -217,7 +231,7 @@ ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi
                   trainer_options(plan, peak_flops), std::move(hooks));
   device->reset_op_times();
   Trainer::End end{};
-  run_steps(groups, [&] { end = trainer.run(state); });
+  run_steps(mpi, devices, [&] { end = trainer.run(state); });
   sinks.clear();
   say(time_report(trainer.times(), trainer.steps_run(), *device, peak_flops));
   if (end == Trainer::End::stopped) {

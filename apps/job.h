@@ -18,4 +18,7 @@ using Clock = std::chrono::steady_clock;
 ExitCode run_job(const RunPlan& plan, const RunDevices& devices, MpiSession& mpi, int threads,
                  Clock::time_point started, const Say& say);
 
+// What one rank cannot survive: says why and ends all of them, or returns the exit code where there is only one.
+int end_run(MpiSession& mpi, const char* message, ExitCode code);
+
 }  // namespace distill

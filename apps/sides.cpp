@@ -133,7 +133,9 @@ class ParameterGather {
     return values_;
   }
   // Fails where this rank could not read its parts, and on the first one where any could not.
-  void check_all_taken() const { check(problem_.empty(), problem_); }
+  void check_all_taken() const {
+    if (!problem_.empty()) throw Error(code_, problem_);
+  }
 
  private:
   struct Holder {
@@ -147,19 +149,25 @@ class ParameterGather {
         device_.cast(wide.view(), model_.values().col_slice(part.offset, part.size()));
         part_.resize(std::size_t(part.size()));
         device_.download(part_.data(), wide.view());
+      } catch (const Error& error) {
+        note(error.code(), error.what());
       } catch (const std::exception& error) {
-        problem_ = text(name_of(students_.members()[std::size_t(students_.rank())]), ": ", error.what());
+        note(ExitCode::internal, error.what());
       }
+  }
+  void note(ExitCode code, const char* problem) {
+    code_ = code;
+    problem_ = text(name_of(students_.members()[std::size_t(students_.rank())]), ": ", problem);
   }
   void move(const Param& part, int from) {
     if (students_.rank() == from) {
-      students_.send(problem_, 0);
+      students_.send(problem_.empty() ? "" : text(int(code_), ' ', problem_), 0);
       if (problem_.empty()) students_.send(host(part), 0);
     } else if (students_.rank() == 0) {
-      if (std::string problem = students_.recv(from); problem.empty())
-        students_.recv(host(part), from);
-      else
-        problem_ = std::move(problem);
+      const std::string problem = students_.recv(from);
+      if (problem.empty()) return students_.recv(host(part), from);
+      code_ = ExitCode(std::stoi(problem));
+      problem_ = problem.substr(problem.find(' ') + 1);
     }
   }
   View host(const Param& part) {
@@ -178,6 +186,7 @@ class ParameterGather {
   std::vector<Holder> holders_;
   std::vector<float> values_, part_;
   std::string problem_;
+  ExitCode code_ = ExitCode::internal;  // of problem_
 };
 
 }  // namespace

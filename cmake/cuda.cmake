@@ -13,13 +13,17 @@ if(DISTILL_CUDA)
   set(DISTILL_CUDA_LIBRARIES HINTS ${CUDAToolkit_LIBRARY_DIR} ENV CUDA_HOME PATHS /usr/local/cuda ENV CUDA_PATH
                              PATH_SUFFIXES lib lib64)
   if(NOT DISTILL_SANITIZE AND CMAKE_CUDA_COMPILER AND TARGET CUDA::cudart AND TARGET CUDA::cublasLt)
-    # Machine code for A100 and H100, and PTX that newer ones compile when they load it. Whoever names
-    # others knows which GPUs they are for.
-    if(CMAKE_CUDA_ARCHITECTURES)
-      set(DISTILL_MACHINE_CODE_UP_TO 999)
-    else()
+    # Machine code for A100 and H100, and PTX that newer ones compile when they load it.
+    if(NOT CMAKE_CUDA_ARCHITECTURES)
       set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
     endif()
+    foreach(architecture ${CMAKE_CUDA_ARCHITECTURES})
+      if(NOT architecture MATCHES "^([0-9]+)[0-9]")
+        set(DISTILL_MACHINE_CODE_UP_TO 999)  # all, native
+      elseif(CMAKE_MATCH_1 GREATER DISTILL_MACHINE_CODE_UP_TO)
+        set(DISTILL_MACHINE_CODE_UP_TO ${CMAKE_MATCH_1})
+      endif()
+    endforeach()
     if(CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
       set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
     endif()

@@ -4,7 +4,7 @@
 // Every rank of a group makes the same calls in the same order with the same shapes. Views are contiguous and lie where
 // the implementation says: host memory for threads and MPI, the device's for a GroupOnDevice (core/group_on_device.h);
 // "small things" lie in host memory whatever the group. Same group size, same bits: in host memory ranks 0, 1, 2, … are
-// added in that order, 16-bit formats in f32, rounded once; NCCL has an order of its own and rounds every sum. NaN
+// added in that order, 16-bit formats in f32, rounded once; NCCL has an order of its own and may round every sum. NaN
 // survives sum, max and min. A call that waits for a rank that died, or for one that gives nothing for `peer_timeout`,
 // ends with Error(ExitCode::peer_lost) that names who waited for whom.
 //

@@ -216,11 +216,6 @@ void Groups::set_patience(const Patience& patience) {
     if (*group) (*group)->set_patience(patience);
 }
 
-void Groups::give_up() {
-  for (const auto* group : {&tp, &dp, &pp_forward, &pp_backward, &kv, &tied})
-    if (*group) (*group)->give_up();
-}
-
 std::map<int, std::size_t> group_bytes(const Grid& grid, int kv_sharers) {
   constexpr std::pair<Seat Seats::*, int> kinds[] = {{&Seats::role, 1},    {&Seats::tp, 1}, {&Seats::dp, 1},
                                                      {&Seats::pp, 2},      {&Seats::kv, 1}, {&Seats::tied, 1},

@@ -61,7 +61,6 @@ struct Groups {
   std::unique_ptr<Communicator> partners;  // a student and its teacher; null where there is one role
 
   void set_patience(const Patience& patience);  // of all of them
-  void give_up();                               // those in which tensors travel while a step runs
 };
 // kv_sharers: tensor-parallel ranks that hold the same key/value heads.
 Groups make_groups(Communicator& world, const Grid& grid, int kv_sharers);

@@ -64,7 +64,10 @@ class Way {
     comm_ = comm;
     stream_ = new_stream();
   }
-  Way(Way&& other) noexcept : comm_(other.comm_.exchange(nullptr)), stream_(std::exchange(other.stream_, nullptr)) {}
+  Way(Way&& other) noexcept
+      : comm_(other.comm_.exchange(nullptr)),
+        stream_(std::exchange(other.stream_, nullptr)),
+        start_(std::move(other.start_)) {}
   ~Way() {
     if (std::uncaught_exceptions() > exceptions_at_start_) abort();  // while the group is made
     if (comm_) ncclCommDestroy(comm_);
@@ -76,10 +79,17 @@ class Way {
   }
   ncclComm_t comm() const { return comm_; }
   cudaStream_t stream() const { return stream_; }
+  // What this rank itself has to do before the operation that was begun last.
+  cudaEvent_t start() const { return start_.get(); }
+  // Nothing is left to wait for but the other ranks.
+  bool waits_for_others() const {
+    return cudaEventQuery(start()) == cudaSuccess && cudaStreamQuery(stream_) == cudaErrorNotReady;
+  }
 
  private:
   std::atomic<ncclComm_t> comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
+  Event start_{new_event()};
   int exceptions_at_start_ = std::uncaught_exceptions();
 };
 
@@ -175,12 +185,17 @@ class NcclGroup final : public GroupOnDevice {
   void greet() {
     Tensor word = device().tensor(1, 1, DType::f32);
     device().zero(word.view());
-    if (!collectives_.empty()) do_all_reduce(word.view(), Reduce::sum);
-    const int first = traffic_ == GpuTraffic::upward ? 0 : size() - 1;
-    if (rank() != first)
-      for (const auto& [other, _] : from_) do_recv(word.view(), other);
-    for (const auto& [other, _] : to_) do_send(word.view(), other);
-    device().synchronize();
+    try {
+      if (!collectives_.empty()) do_all_reduce(word.view(), Reduce::sum);
+      const int first = traffic_ == GpuTraffic::upward ? 0 : size() - 1;
+      if (rank() != first)
+        for (const auto& [other, _] : from_) do_recv(word.view(), other);
+      for (const auto& [other, _] : to_) do_send(word.view(), other);
+      device().synchronize();
+    } catch (...) {
+      for_all_ways([](Way& way) { way.abort(); });  // before the word goes, which waits for them
+      throw;
+    }
   }
 
   Event event() {
@@ -194,12 +209,12 @@ class NcclGroup final : public GroupOnDevice {
   template <class Operation>
   std::unique_ptr<Pending> begin(const Way& way, const char* call, const Operation& operation) {
     check_alive();
-    Event mark = event();
-    check_call(cudaEventRecord(mark.get(), compute_));
-    check_call(cudaStreamWaitEvent(way.stream(), mark.get(), cudaEventWaitDefault));
+    check_call(cudaEventRecord(way.start(), compute_));
+    check_call(cudaStreamWaitEvent(way.stream(), way.start(), cudaEventWaitDefault));
     check_nccl(operation(way.comm(), way.stream()), call);
-    check_call(cudaEventRecord(mark.get(), way.stream()));
-    return std::make_unique<Begun>(*this, std::move(mark));
+    Event done = event();
+    check_call(cudaEventRecord(done.get(), way.stream()));
+    return std::make_unique<Begun>(*this, std::move(done));
   }
 
   template <class Use>
@@ -226,10 +241,10 @@ class NcclGroup final : public GroupOnDevice {
   void look(std::chrono::milliseconds waited) {
     if (is_given_up()) return;
     check_alive();
-    bool is_under_way = false;
-    for_all_ways([&](const Way& way) { is_under_way |= cudaStreamQuery(way.stream()) == cudaErrorNotReady; });
+    bool waits = false;
+    for_all_ways([&](const Way& way) { waits |= way.waits_for_others(); });
     cudaGetLastError();  // not ready is no error
-    if (!is_under_way) return;
+    if (!waits) return;
     const std::string who = text(name_of(members()[std::size_t(rank())]), " has waited ", double(waited.count()) / 1000,
                                  " s on its GPU for the other ranks of ", name());
     if (waited >= patience().peer_timeout)

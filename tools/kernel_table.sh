@@ -37,7 +37,7 @@ found=$(mktemp)
 trap 'rm -f "$found"' EXIT
 table >"$found"
 kernels=$(grep -c -v '^#' "$found") || { echo "kernel_table: no kernel in the reports below $1" >&2; exit 1; }
-kept=$(grep -c -v '^#' "$2")
+kept=$(grep -c -v '^#' "$2") || { echo "kernel_table: no kernel in $2" >&2; exit 1; }
 [ "$kernels" -ge "$kept" ] || { echo "kernel_table: $kernels kernels, and $kept in $2" >&2; exit 1; }
 if grep -v -E '^#|double' "$found" | awk '$(NF - 2) > 0 { print "kernel_table: spills: " $0; bad = 1 } END { exit bad }'; then :; else exit 1; fi
 if [ "$(head -n 1 "$2")" != "$(head -n 1 "$found")" ]; then

@@ -176,10 +176,11 @@ TEST_CASE("what was begun over NCCL ends without the others when the group is gi
       const auto pending = is_sum ? gpu.group->start_all_reduce(x.view()) : gpu.group->start_recv(x.view(), 0);
       gpu.group->give_up();
       CHECK_THROWS_WITH(pending->wait(), Catch::Contains("was given up"));
+    } else {
+      gpu.group->give_up();  // NCCL's abort on one GPU of a node may wait for the others'
     }
   }
   gpu.plain->barrier();
-  gpu.group->give_up();
 }
 
 TEST_CASE("a group of one on a device copies only what is not in its place", "[mpi]") {

@@ -233,6 +233,7 @@ HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
+#if !defined(__SANITIZE_ADDRESS__)  // there the real one is linked
 void __ubsan_handle_type_mismatch_v1_abort(const Misalignment* what, std::uintptr_t address) {
   const virtual_gpu::Unobserved unobserved;
   const std::string text =
@@ -242,6 +243,7 @@ void __ubsan_handle_type_mismatch_v1_abort(const Misalignment* what, std::uintpt
   std::fprintf(stderr, "%s\n", text.c_str());
   std::abort();
 }
+#endif
 void __tsan_read_range(void* p, std::size_t bytes) { ACCESS(p, bytes, false); }
 void __tsan_write_range(void* p, std::size_t bytes) { ACCESS(p, bytes, true); }
 
