@@ -31,9 +31,10 @@ std::string driver_problem(Versions& v) {
 
 // Where MPS runs it is MPS that is the one process, and all others are its clients.
 bool takes_one_process(int mode, int gpu) {
+  if (mode != cudaComputeModeExclusiveProcess && mode != cudaComputeModeExclusive) return false;
   int by_mps = 0;
   if (cudaDeviceGetAttribute(&by_mps, cudaDevAttrMpsEnabled, gpu) != cudaSuccess) cudaGetLastError();  // too old for it
-  return (mode == cudaComputeModeExclusiveProcess || mode == cudaComputeModeExclusive) && !by_mps;
+  return !by_mps;
 }
 
 // GPU i, or why it cannot be used.
