@@ -52,6 +52,13 @@ ncclDataType_t nccl_type(DType type) {
 
 ncclRedOp_t nccl_op(Reduce op) { return op == Reduce::sum ? ncclSum : op == Reduce::max ? ncclMax : ncclMin; }
 
+// What a query says; anything but done and not yet done is an error.
+bool check_done(cudaError_t state) {
+  if (state != cudaErrorNotReady) check_call(state);
+  cudaGetLastError();  // not ready is no error
+  return state == cudaSuccess;
+}
+
 // An NCCL communicator and the stream that its operations run on.
 class Way {
  public:
@@ -82,9 +89,7 @@ class Way {
   // What this rank itself has to do before the operation that was begun last.
   cudaEvent_t start() const { return start_.get(); }
   // Nothing is left to wait for but the other ranks.
-  bool waits_for_others() const {
-    return cudaEventQuery(start()) == cudaSuccess && cudaStreamQuery(stream_) == cudaErrorNotReady;
-  }
+  bool waits_for_others() const { return check_done(cudaEventQuery(start())) && !check_done(cudaStreamQuery(stream_)); }
 
  private:
   std::atomic<ncclComm_t> comm_ = nullptr;
@@ -243,7 +248,6 @@ class NcclGroup final : public GroupOnDevice {
     check_alive();
     bool waits = false;
     for_all_ways([&](const Way& way) { waits |= way.waits_for_others(); });
-    cudaGetLastError();  // not ready is no error
     if (!waits) return;
     const std::string who = text(name_of(members()[std::size_t(rank())]), " has waited ", double(waited.count()) / 1000,
                                  " s on its GPU for the other ranks of ", name());
