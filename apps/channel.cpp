@@ -107,8 +107,8 @@ class Opening {
  private:
   void say_obstacle() const {
     std::cerr << "warning: " << name_of(pair_.members()[0]) << " cannot read the memory of its teacher's GPU ("
-              << obstacle_ << "): the logits are copied through host memory, a ring of " << channel_bytes(shape_)
-              << " bytes in /dev/shm" << std::endl;
+              << obstacle_ << "): the logits are copied through host memory, a ring of "
+              << bytes_text(double(channel_bytes(shape_))) << " in /dev/shm" << std::endl;
   }
 
   bool by_messages_, is_gpu_;

@@ -33,8 +33,8 @@ struct RunPlan {
   Schedule schedule{};
   std::int64_t logits_chunk = 0;  // positions
   bool student_has_weights = false;
-  bool cuts_tokens = false;  // sequence parallel, both roles
-  bool on_gpus = false;
+  bool cuts_tokens = false;           // sequence parallel, both roles
+  bool on_gpus = false;               // where the ring of logits lies
   std::vector<std::string> warnings;  // one line each
 };
 

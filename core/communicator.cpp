@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <iostream>
 #include <limits>
 #include <map>
 #include <utility>
@@ -55,6 +56,13 @@ Communicator::Communicator(std::string name, int rank, std::vector<Member> membe
       patience_(patience),
       exceptions_at_start_(std::uncaught_exceptions()) {
   check(rank_ >= 0 && rank_ < size(), name_, ": rank ", rank_, " of ", size());
+}
+
+void Patience::say(const std::string& line) const {
+  if (report)
+    report(line);
+  else
+    std::cerr << line + "\n" << std::flush;
 }
 
 void Communicator::give_up() {

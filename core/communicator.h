@@ -45,6 +45,8 @@ struct Patience {
   std::chrono::milliseconds stall_report = std::chrono::seconds(30);     // once per wait: report who waits for whom
   std::function<void(const std::string&)> report;                        // takes that line; stderr when empty
 
+  void say(const std::string& line) const;  // by `report`
+
   // The same for waits that last as long as the other lives: after peer_timeout they report who waits for whom, once,
   // and go on.
   Patience while_alive() const {

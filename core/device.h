@@ -87,8 +87,9 @@ class Device {
   virtual void download(void* host, const ConstView& from) = 0;  // returns when the data is there
   virtual void synchronize() = 0;                                // returns when all work so far is done
 
-  // While the host waits for this device, which may wait for other ranks, it asks what was added a few times a second;
-  // what that throws ends the wait. `waited` is the time of this wait. A backend that never waits asks nobody.
+  // While synchronize() or download() waits for this device, which may wait for other ranks, it asks what was added a
+  // few times a second; what that throws ends the wait. `waited` is the time of this wait. The CPU never waits, and
+  // asks none.
   using Watch = std::function<void(std::chrono::milliseconds waited)>;
   void add_watch(const void* owner, Watch watch) { watches_.emplace_back(owner, std::move(watch)); }
   void remove_watch(const void* owner) {

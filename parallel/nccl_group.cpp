@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <iostream>
 #include <map>
 #include <utility>
 #include <vector>
@@ -256,8 +255,7 @@ class NcclGroup final : public GroupOnDevice {
     if (waited < patience().stall_report) {
       is_stall_reported_ = false;
     } else if (!std::exchange(is_stall_reported_, true)) {
-      const std::string line = who + " and goes on waiting";
-      patience().report ? patience().report(line) : static_cast<void>(std::cerr << line + "\n" << std::flush);
+      patience().say(who + " and goes on waiting");
     }
   }
 

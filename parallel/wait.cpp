@@ -3,7 +3,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <iostream>
 #include <thread>
 
 namespace distill {
@@ -48,12 +47,8 @@ void Nap::look(const Patience& patience, const Awaited& awaited, const std::stri
                                           awaited.purpose(), ": it lives but gives nothing (peer_timeout)"));
   if (waited_ >= patience.stall_report && !reported_) {
     reported_ = true;
-    const std::string line = text(awaited.self(), " has waited ", seconds(), " s for ", awaited.whom(), " in ",
-                                  awaited.purpose(), " and goes on waiting");
-    if (patience.report)
-      patience.report(line);
-    else
-      std::cerr << line + "\n" << std::flush;
+    patience.say(text(awaited.self(), " has waited ", seconds(), " s for ", awaited.whom(), " in ", awaited.purpose(),
+                      " and goes on waiting"));
   }
 }
 
